@@ -1,0 +1,320 @@
+// A few queries over a long cache. Here the machine's limit is reading the cache once, so the roles
+// of the tile are swapped: the queries of all heads that share a key-value head are the rows (there
+// are few), keys and then channels the lanes.
+//
+//     S [rows][keys]        = Q [rows][channels] K^T       a tile of 64 keys is turned in registers
+//     O [rows][channels]   += P [rows][keys] V             V as it lies
+//
+// Counted for 3 rows of 64 channels in float: a key costs about 16 shuffles, 24 multiply-adds and 12
+// loads and stores of 16 lanes for its 512 bytes, some 50 cycles: 35 GB/s a core, above what memory
+// gives. The next tile is prefetched while this one is computed. A sequence's keys are shared out to
+// as many tasks as fill a machine; the parts are merged in order.
+
+#include "kernels/parallel.h"
+#include "kernels/softmax.h"
+#include "kernels/table.h"
+
+namespace longspan::LONGSPAN_ISA {
+namespace {
+
+constexpr int64_t kEnoughTasks = 64;  // constants: results must not depend on the machine
+constexpr int64_t kLeastKeysPerSplit = 256;
+
+template <class Dot>
+class Decode {
+  using E = typename Dot::Element;
+  using T = typename Dot::Sum;
+
+ public:
+  Decode(const AttentionParams& p, const AttentionCache& c) : p_(p), c_(c) {
+    depth_ = ceil_div(p.channels, Dot::kDepth);
+    width_ = round_up(p.value_channels, kLanes<T>);
+    group_ = p.heads / p.kv_heads;
+    rows_ = group_ * p.tokens;
+    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, p.batch * p.kv_heads),
+                                        p.keys / kLeastKeysPerSplit));
+  }
+
+  void run() {
+    const int64_t heads = p_.batch * p_.kv_heads, tasks = heads * splits_;
+    if (tasks == 0 || rows_ == 0) return;
+    const int threads = threads_for(tasks, p_.threads);
+    Arena measure;
+    lay_out(measure);
+    Arena measure_part;
+    lay_out_part(measure_part);
+    Scratch scratch(measure.used() * threads);
+    Scratch parts(measure_part.used() * tasks);
+    const auto part = [&](int64_t i) {
+      Arena arena(parts.at(measure_part.used() * i));
+      return lay_out_part(arena);
+    };
+    if (c_.new_tokens > 0) {
+      parallel_for(heads, threads, [&](int64_t i, int thread) {
+        Arena arena(scratch.at(measure.used() * thread));
+        append(i / p_.kv_heads, i % p_.kv_heads, lay_out(arena));
+      });
+    }
+    parallel_for(tasks, threads, [&](int64_t i, int thread) {
+      Arena arena(scratch.at(measure.used() * thread));
+      const int64_t head = i / splits_;
+      attend(head / p_.kv_heads, head % p_.kv_heads, i % splits_, part(i), lay_out(arena));
+    });
+    for (int64_t i = 0; i < heads; ++i) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        finish(i / p_.kv_heads, i % p_.kv_heads, row, [&](int64_t s) { return part(i * splits_ + s); });
+      }
+    }
+  }
+
+ private:
+  struct Part {
+    T *maximum, *sum;  ///< [rows]
+    T* out;            ///< [rows][width]
+  };
+  struct Workspace {
+    E* queries;     ///< [rows][depth]
+    E* keys;        ///< K^T [depth][kKeyBlock]
+    E* values;      ///< copies of V, where memory does not have the form
+    T* scores;      ///< [rows][kKeyBlock]
+    E* weights;     ///< the same rounded, in pairs of keys; DotBf16 only
+    T *row, *turned;  ///< a row being rotated
+    char* rotated;    ///< and the result, in dtype
+  };
+
+  Part lay_out_part(Arena& arena) const {
+    Part part;
+    part.maximum = arena.take<T>(rows_);
+    part.sum = arena.take<T>(rows_);
+    part.out = arena.take<T>(rows_ * width_);
+    return part;
+  }
+
+  Workspace lay_out(Arena& arena) const {
+    Workspace w;
+    w.queries = arena.take<E>(rows_ * depth_);
+    w.keys = arena.take<E>(depth_ * kKeyBlock);
+    w.values = arena.take<E>(kKeyBlock * width_);
+    w.scores = arena.take<T>(rows_ * kKeyBlock);
+    w.weights = arena.take<E>(Dot::kDepth == 2 ? rows_ * kKeyBlock / 2 : 0);
+    w.row = arena.take<T>(round_up(p_.channels, kLanes<T>));
+    w.turned = arena.take<T>(round_up(p_.channels, kLanes<T>));
+    w.rotated = arena.take<char>(p_.channels * size_of(p_.dtype));
+    return w;
+  }
+
+  LS_INLINE int64_t start(int64_t b) const { return c_.starts ? max_of<int64_t>(0, c_.starts[b]) : 0; }
+
+  /// Slot `k` of one head of a sequence's cache.
+  LS_INLINE TokenRows cached(const AttentionTensor& x, int64_t b, int64_t kv_head, int64_t k) const {
+    if (c_.block_table) {
+      return rows_of(x, p_.dtype, c_.block_table[b * c_.pages + k / c_.page], kv_head, k % c_.page);
+    }
+    return rows_of(x, p_.dtype, c_.rows ? c_.rows[b] : b, kv_head, k);
+  }
+
+  /// The row, rotated by its position where cos is given, into `out` of dtype.
+  void rotate(TokenRows in, int64_t position, void* out, const Workspace& w) const {
+    constexpr int L = kLanes<T>;
+    for (int64_t i = 0; i < p_.channels; i += L) store(w.row + i, load_as<T>(in.data, p_.dtype, i, p_.channels - i));
+    const int64_t half = c_.rotary_channels / 2;
+    for (int64_t i = 0; i < p_.channels; ++i) w.turned[i] = w.row[i];
+    for (int64_t i = 0; c_.cos && i < half; ++i) {
+      const int64_t at = position * c_.rotary_stride + i;
+      const T cos = load_as<T>(c_.cos, c_.rotary_dtype, at, 1)[0];
+      const T sin = load_as<T>(c_.sin, c_.rotary_dtype, at, 1)[0];
+      const int64_t first = c_.interleaved ? 2 * i : i, second = c_.interleaved ? 2 * i + 1 : i + half;
+      w.turned[first] = w.row[first] * cos - w.row[second] * sin;
+      w.turned[second] = w.row[second] * cos + w.row[first] * sin;
+    }
+    for (int64_t i = 0; i < p_.channels; i += L) {
+      store_as<T>(out, p_.dtype, i, load_first(w.turned + i, min_of<int64_t>(L, p_.channels - i)),
+                  p_.channels - i);
+    }
+  }
+
+  void append(int64_t b, int64_t kv_head, const Workspace& w) const {
+    for (int64_t t = 0; t < c_.new_tokens; ++t) {
+      const int64_t slot = c_.lengths[b] - c_.new_tokens + t;
+      rotate(rows_of(c_.k_new, p_.dtype, b, kv_head, t), max_of<int64_t>(0, slot - start(b)),
+             const_cast<void*>(cached(p_.k, b, kv_head, slot).data), w);
+      __builtin_memcpy(const_cast<void*>(cached(p_.v, b, kv_head, slot).data),
+                       rows_of(c_.v_new, p_.dtype, b, kv_head, t).data,
+                       size_t(p_.value_channels * size_of(p_.dtype)));
+    }
+  }
+
+  /// Rows are the group's heads, each with all its queries.
+  void load_queries(int64_t b, int64_t kv_head, const Workspace& w) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t head = kv_head * group_ + r / p_.tokens, t = r % p_.tokens;
+      TokenRows q = rows_of(p_.q, p_.dtype, b, head, t);
+      if (c_.cos) {
+        rotate(q, max_of<int64_t>(0, c_.lengths[b] - p_.tokens + t - start(b)), w.rotated, w);
+        q.data = w.rotated;
+      }
+      for (int64_t i = 0; i < depth_; i += kLanes<E>) {
+        const int64_t n = min_of<int64_t>(depth_ - i, kLanes<E>);
+        store_first(w.queries + r * depth_ + i, load_channels<Dot>(q, 0, i, n), n);
+      }
+    }
+  }
+
+  void attend(int64_t b, int64_t kv_head, int64_t split, const Part& part, const Workspace& w) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      part.maximum[r] = -kInfinity<T>;
+      part.sum[r] = T(0);
+    }
+    __builtin_memset(part.out, 0, size_t(rows_ * width_) * sizeof(T));
+    const int64_t length = c_.lengths[b], first = start(b), offset = length - p_.tokens;
+    const int64_t low = p_.left < 0 ? first : max_of(first, offset - p_.left);
+    const int64_t sink_end = min_of(first + p_.sink_tokens, length);
+    load_queries(b, kv_head, w);
+    // Sinks before the window belong to the first split; the rest is cut in whole tiles.
+    if (split == 0) span(b, kv_head, first, min_of(sink_end, low), part, w);
+    const int64_t tiles = ceil_div(max_of<int64_t>(0, length - low), kKeyBlock);
+    const int64_t begin = low + tiles * split / splits_ * kKeyBlock;
+    const int64_t end = min_of(length, low + tiles * (split + 1) / splits_ * kKeyBlock);
+    span(b, kv_head, begin, end, part, w);
+  }
+
+  void span(int64_t b, int64_t kv_head, int64_t begin, int64_t end, const Part& part,
+            const Workspace& w) const {
+    for (int64_t k0 = begin; k0 < end;) {
+      int64_t k1 = min_of(k0 + kKeyBlock, end);
+      if (c_.block_table) k1 = min_of(k1, (k0 / c_.page + 1) * c_.page);
+      tile(b, kv_head, k0, k1, end, part, w);
+      k0 = k1;
+    }
+  }
+
+  void prefetch(TokenRows x, int64_t n, int64_t channels) const {
+    const int64_t bytes = channels * size_of(p_.dtype);
+    for (int64_t t = 0; t < n; ++t) {
+      const char* row = static_cast<const char*>(x.from(t).data);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+  void tile(int64_t b, int64_t kv_head, int64_t k0, int64_t k1, int64_t end, const Part& part,
+            const Workspace& w) const {
+    constexpr int L = kLanes<T>;
+    const int64_t keys = k1 - k0, columns = round_up(keys, L);
+    const TokenRows k = cached(p_.k, b, kv_head, k0), v = cached(p_.v, b, kv_head, k0);
+    if (!c_.block_table) {
+      const int64_t ahead = min_of(end - k1, kKeyBlock);
+      prefetch(k.from(keys), ahead, p_.channels);
+      prefetch(v.from(keys), ahead, p_.value_channels);
+    }
+    transposed<Dot>(k, keys, p_.channels, w.keys, kKeyBlock);
+    Product<Dot>{w.queries, depth_, 1, w.keys, kKeyBlock, w.scores, kKeyBlock}
+        .template run_as<Start::kZero, false, true>(rows_, columns, depth_);
+    bool visible = true;
+    for (int64_t r = 0; r < rows_; ++r) visible &= softmax(b, kv_head, r, k0, keys, columns, part, w);
+
+    const Operand<Dot> vt = by_token<Dot>(v, keys, p_.value_channels, true, w.values);
+    const int64_t depth = ceil_div(keys, Dot::kDepth);
+    const E* weights;
+    if constexpr (Dot::kDepth == 1) {
+      weights = w.scores;
+    } else {
+      for (int64_t i = 0; i < rows_ * kKeyBlock; i += L) store_bf16(w.weights, i, load(w.scores + i));
+      weights = w.weights;
+    }
+    const Product<Dot> product{weights, kKeyBlock / Dot::kDepth, 1, vt.data, vt.stride, part.out, width_};
+    if (visible || all_finite<Dot>(vt, depth, p_.value_channels)) {
+      product.template run_as<Start::kAccumulate, false, true>(rows_, width_, depth);
+    } else {
+      product.template run_as<Start::kAccumulate, true, true>(rows_, width_, depth);
+    }
+  }
+
+  /// One row of a tile: raw products to weights, relative to the row's new maximum. Whether the row
+  /// sees every key.
+  bool softmax(int64_t b, int64_t kv_head, int64_t r, int64_t k0, int64_t keys, int64_t columns,
+               const Part& part, const Workspace& w) const {
+    constexpr int L = kLanes<T>;
+    T* row = w.scores + r * kKeyBlock;
+    const int64_t head = kv_head * group_ + r / p_.tokens;
+    const int64_t at = c_.lengths[b] - p_.tokens + r % p_.tokens;  // where the query stands
+    const T slope = p_.alibi_slopes ? T(p_.alibi_slopes[b * p_.alibi_batch + head]) : T(0);
+    // Seen: keys [from, to) of the tile, and those below `sinks`.
+    const int64_t to = p_.right < 0 ? keys : min_of(keys, at + p_.right + 1 - k0);
+    const int64_t from = p_.left < 0 ? 0 : at - p_.left - k0;
+    const int64_t sinks = start(b) + p_.sink_tokens - k0;
+    const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
+    const auto bound = [](int64_t x) { return T(max_of<int64_t>(-1, min_of<int64_t>(x, kKeyBlock))); };
+    Vec<T> greatest = broadcast(-kInfinity<T>);
+    for (int64_t i = 0; i < columns; i += L) {
+      Vec<T> x = load(row + i) * T(p_.scale);
+      if (p_.softcap != 0) x = tanh<T>(x / T(p_.softcap)) * T(p_.softcap);
+      if (slope != T(0)) x -= absolute<T>(lane + T(i + k0 - at)) * slope;
+      const Vec<T> key = lane + T(i);
+      const auto seen = (key < bound(to)) & ((key >= bound(from)) | (key < bound(sinks)));
+      x = select<T>(seen, x * T(kLog2e), broadcast(-kInfinity<T>));
+      greatest = maximum<T>(greatest, x);
+      store(row + i, x);
+    }
+    T before = part.maximum[r], now = before;
+    for (int i = 0; i < L; ++i) now = now < greatest[i] ? greatest[i] : now;
+    const T reference = now == -kInfinity<T> ? T(0) : now;
+    const T correction = exp2_nonpositive<T>(broadcast(before - reference))[0];
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < columns; i += L) {
+      const Vec<T> p = exp2_nonpositive<T>(load(row + i) - reference);
+      sum += p;
+      store(row + i, p);
+    }
+    for (int64_t i = columns; i < kKeyBlock; i += L) store(row + i, Vec<T>{});
+    part.maximum[r] = now;
+    part.sum[r] = part.sum[r] * correction + sum_of_lanes<T>(sum);
+    if (correction != T(1)) {
+      T* out = part.out + r * width_;
+      for (int64_t c = 0; c < width_; c += L) store(out + c, load(out + c) * correction);
+    }
+    return to >= keys && (from <= 0 || sinks >= keys);
+  }
+
+  template <class PartOf>
+  void finish(int64_t b, int64_t kv_head, int64_t r, const PartOf& part) const {
+    const int64_t head = kv_head * group_ + r / p_.tokens, t = r % p_.tokens;
+    const T sink = p_.sinks ? T(p_.sinks[head]) * T(kLog2e) : -kInfinity<T>;
+    T greatest = sink;
+    for (int64_t s = 0; s < splits_; ++s) {
+      const T m = part(s).maximum[r];
+      greatest = greatest < m ? m : greatest;
+    }
+    const T reference = greatest == -kInfinity<T> ? T(0) : greatest;
+    const auto power = [&](T x) { return exp2_nonpositive<T>(broadcast(x - reference))[0]; };
+    T sum = power(sink);
+    for (int64_t s = 0; s < splits_; ++s) sum += part(s).sum[r] * power(part(s).maximum[r]);
+    const T inverse = sum == T(0) ? T(0) : T(1) / sum;
+    const TokenRows out = rows_of(p_.out, p_.dtype, b, head, t);
+    for (int64_t c = 0; c < width_; c += kLanes<T>) {
+      Vec<T> x = {};
+      for (int64_t s = 0; s < splits_; ++s) {
+        x += load(part(s).out + r * width_ + c) * power(part(s).maximum[r]);
+      }
+      store_as<T>(const_cast<void*>(out.data), p_.dtype, c, x * inverse, p_.value_channels - c);
+    }
+    const T log2 = sizeof(T) == 4 ? T(__builtin_log2f(float(sum))) : T(__builtin_log2(double(sum)));
+    static_cast<T*>(p_.lse)[(b * p_.heads + head) * p_.tokens + t] =
+        sum == T(0) ? -kInfinity<T> : (reference + log2) * T(kLn2);
+  }
+
+  const AttentionParams& p_;
+  const AttentionCache& c_;
+  int64_t depth_, width_, group_, rows_, splits_;
+};
+
+}  // namespace
+
+void attention_decode(const AttentionParams& p, const AttentionCache& c) {
+  if (p.dtype == Dtype::kDouble) return Decode<DotDouble>(p, c).run();
+#if defined(LONGSPAN_BF16_DOT)
+  if (p.dtype == Dtype::kBfloat16 && p.channels % 2 == 0) return Decode<DotBf16>(p, c).run();
+#endif
+  Decode<DotFloat>(p, c).run();
+}
+
+}  // namespace longspan::LONGSPAN_ISA

@@ -1,0 +1,176 @@
+// The register-tiled matrix product that every attention-like kernel shares.
+//
+//     C[m][n] (+)= sum over k of A(m, k) * B[k][n]
+//
+//            n: lanes                   B is read a vector at a time, rows ldb apart;
+//          +---------+                  A is read a scalar at a time and broadcast, so it may
+//       k  |    B    |                  have any strides: a matrix as it lies in memory or its
+//          +---------+                  transpose cost the same;
+//    +---+ +---------+                  C stays in registers for the whole depth, a tile of
+//  m | A | |    C    |                  kRows x kColumns vectors at a time.
+//    +---+ +---------+
+//
+// A "Dot" says what one step of depth is. DotFloat and DotDouble: one multiply-add of scalars.
+// DotBf16: an element is a pair of bfloat16 in 32 bits, lower half first, and a step adds the
+// products of both halves to a float (vdpbf16ps), so K counts pairs.
+#pragma once
+
+#include "simd/simd.h"
+
+namespace longspan::LONGSPAN_ISA {
+
+struct DotFloat {
+  using Element = float;
+  using Sum = float;
+  static constexpr int kDepth = 1;
+  static LS_INLINE Vec<float> step(Vec<float> sum, Vec<float> a, Vec<float> b) { return a * b + sum; }
+  /// A product in which either side is exactly zero adds nothing, not even zero times infinity.
+  static LS_INLINE Vec<float> guarded_step(Vec<float> sum, Vec<float> a, Vec<float> b) {
+    return select<float>((a == 0.0f) | (b == 0.0f), sum, a * b + sum);
+  }
+};
+
+struct DotDouble {
+  using Element = double;
+  using Sum = double;
+  static constexpr int kDepth = 1;
+  static LS_INLINE Vec<double> step(Vec<double> sum, Vec<double> a, Vec<double> b) {
+    return a * b + sum;
+  }
+  static LS_INLINE Vec<double> guarded_step(Vec<double> sum, Vec<double> a, Vec<double> b) {
+    return select<double>((a == 0.0) | (b == 0.0), sum, a * b + sum);
+  }
+};
+
+#if defined(LONGSPAN_BF16_DOT)
+struct DotBf16 {
+  using Element = uint32_t;
+  using Sum = float;
+  static constexpr int kDepth = 2;
+  static LS_INLINE Vec<float> step(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+    return Vec<float>(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+  }
+  static LS_INLINE Vec<float> guarded_step(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+    sum = DotFloat::guarded_step(sum, bit_cast<float, uint32_t>(a << 16),
+                                 bit_cast<float, uint32_t>(b << 16));
+    const uint32_t upper = 0xffff0000u;
+    return DotFloat::guarded_step(sum, bit_cast<float, uint32_t>(a & upper),
+                                  bit_cast<float, uint32_t>(b & upper));
+  }
+};
+#endif
+
+// 512-bit and NEON machines have 32 vector registers, the others 16: sums, one row of B, one scalar.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kTileRows = 8;
+inline constexpr int kTileColumns = 2;
+#else
+inline constexpr int kTileRows = 4;
+inline constexpr int kTileColumns = 2;
+#endif
+
+/// What C holds before the products are added.
+enum class Start {
+  kZero,        ///< nothing: C is written
+  kAccumulate,  ///< C itself
+  kRescale,     ///< C times a factor per column (the online softmax's correction)
+};
+
+template <class Dot>
+struct Product {
+  using Element = typename Dot::Element;
+  using Sum = typename Dot::Sum;
+
+  const Element* a;
+  int64_t a_row, a_depth;  ///< strides of A along m and along k
+  const Element* b;
+  int64_t ldb;
+  Sum* c;
+  int64_t ldc;
+  const Sum* rescale = nullptr;  ///< one factor a column, for Start::kRescale
+
+  template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
+  LS_INLINE void tile(int64_t m, int64_t n, int64_t depth) const {
+    constexpr int L = kLanes<Sum>;
+    static_assert(kLanes<Element> == L);
+    Vec<Sum> sum[kRows][kColumns];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        if constexpr (kStart == Start::kZero) {
+          sum[i][j] = Vec<Sum>{};
+        } else {
+          sum[i][j] = load(c + (m + i) * ldc + n + j * L);
+        }
+        if constexpr (kStart == Start::kRescale) sum[i][j] *= load(rescale + n + j * L);
+      }
+    }
+    const Element* arow[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) arow[i] = kUnitDepth ? a + (m + i) * a_row : a + m + i;
+    const Element* brow = b + n;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<Element> bk[kColumns];
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) bk[j] = load(brow + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<Element> x = broadcast<Element>(kUnitDepth ? arow[i][k] : arow[0][i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+          sum[i][j] = kGuarded ? Dot::guarded_step(sum[i][j], x, bk[j])
+                               : Dot::step(sum[i][j], x, bk[j]);
+        }
+      }
+      brow += ldb;
+      if constexpr (!kUnitDepth) arow[0] += a_depth;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) store(c + (m + i) * ldc + n + j * L, sum[i][j]);
+    }
+  }
+
+  template <int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
+  LS_INLINE void column(int64_t rows, int64_t n, int64_t depth) const {
+    int64_t m = 0;
+    for (; m + kTileRows <= rows; m += kTileRows) {
+      tile<kTileRows, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
+    }
+    if constexpr (kTileRows > 4) {
+      if (m + 4 <= rows) {
+        tile<4, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
+        m += 4;
+      }
+    }
+    if (m + 2 <= rows) {
+      tile<2, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
+      m += 2;
+    }
+    if (m < rows) tile<1, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
+  }
+
+  /// columns is a multiple of the lanes. Exactly one of A's strides is 1.
+  template <Start kStart, bool kGuarded, bool kUnitDepth>
+  void run_as(int64_t rows, int64_t columns, int64_t depth) const {
+    constexpr int L = kLanes<Sum>;
+    int64_t n = 0;
+    for (; n + kTileColumns * L <= columns; n += kTileColumns * L) {
+      column<kTileColumns, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+    }
+    for (; n < columns; n += L) column<1, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+  }
+
+  template <Start kStart, bool kGuarded = false>
+  LS_INLINE void run(int64_t rows, int64_t columns, int64_t depth) const {
+    if (a_depth == 1) {
+      run_as<kStart, kGuarded, true>(rows, columns, depth);
+    } else {
+      run_as<kStart, kGuarded, false>(rows, columns, depth);
+    }
+  }
+};
+
+}  // namespace longspan::LONGSPAN_ISA

@@ -1,0 +1,67 @@
+"""longspan: long sequences in PyTorch, on the processor that everybody has.
+
+Operators (all in :mod:`longspan.ops` and here), each with a backward, torch.compile and export::
+
+    import torch, longspan
+    q, k, v = (torch.randn(1, 8, 4096, 64) for _ in range(3))
+    out = longspan.attention(q, k, v, causal=True, window=(511, 0), sink_tokens=4)
+"""
+
+import os as _os
+
+import torch as _torch
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+if _version(_torch.__version__) < (2, 10):
+    raise ImportError(f"longspan needs torch 2.10 or later; this is torch {_torch.__version__}")
+
+try:
+    from longspan import _C
+except ImportError as error:
+    raise ImportError(
+        "longspan's compiled extension is missing or does not load here "
+        f"({error}); install the package with `pip install --no-build-isolation .` "
+        "in its folder, and import it from another one"
+    ) from error
+
+if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
+    raise ImportError(
+        f"LONGSPAN_ISA={_os.environ['LONGSPAN_ISA']}: this build and processor have "
+        + ", ".join(_C.isa_levels())
+    )
+
+from longspan.ops.attention import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    merge_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "isa",
+    "merge_attention",
+]
+
+
+def isa() -> str:
+    """Name the instruction set whose kernels are in use.
+
+    One of ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"generic"``, ``"neon"``; the environment
+    variable ``LONGSPAN_ISA`` chooses another one before the import.
+
+    Example::
+
+        longspan.isa()  # 'avx512_bf16'
+    """
+    return _C.isa()

@@ -1,0 +1,86 @@
+"""Checks of arguments: an error names the argument, what was expected, and what came."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(function: str, name: str, x: object) -> None:
+    """Raise TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name}: expected a tensor, got {type(x).__name__}")
+
+
+def check_floating(function: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless the dtype is one that kernels have."""
+    if x.dtype not in FLOATING:
+        raise TypeError(
+            f"{function}: {name}: expected float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
+
+
+def check_like(function: str, name: str, x: object, other: str, like: Tensor) -> None:
+    """Raise unless ``x`` is a tensor of ``like``'s dtype and device."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != like.dtype:
+        raise TypeError(f"{function}: {name}: expected {other}'s dtype, {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{function}: {name}: expected {other}'s device, {like.device}, got {x.device}")
+
+
+def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None], what: str) -> None:
+    """Raise ValueError unless ``x`` has this shape; None stands for any size."""
+    if len(x.shape) != len(shape) or any(
+        want is not None and got != want for got, want in zip(x.shape, shape)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}"
+        )
+
+
+def check_integers(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
+    """Raise unless ``x`` is an int32 or int64 tensor of this shape."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: {name}: expected int32 or int64, got {x.dtype}")
+    check_shape(function, name, x, shape, what)
+
+
+def check_between(function: str, name: str, x: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= x < high."""
+    if not low <= x < high:
+        raise ValueError(f"{function}: {name}: expected {low} <= {name} < {high}, got {x}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's dtype what torch's own attention casts; float64 stays as it is."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+_warned: set[str] = set()
+
+
+def has_kernels(function: str, x: Tensor) -> bool:
+    """Whether compiled kernels serve this tensor's device; warns once a device where they don't."""
+    device = x.device.type
+    if device in ("cpu", "meta"):
+        return True
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"{function}: longspan has no kernels for {device} yet; using the plain torch "
+            "reference, which is exact but slow and takes memory of size tokens x keys",
+            stacklevel=3,
+        )
+    return False
