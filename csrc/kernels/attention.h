@@ -84,6 +84,7 @@ struct AttentionCache {
   bool interleaved = false;                   ///< pairs (2i, 2i + 1) instead of (i, i + half)
 };
 
+// Called through kernels() (table.h).
 void attention_forward(const AttentionParams&);
 void attention_backward(const AttentionParams&, const AttentionGradients&);
 /// Adds the gradient of an additive mask to d_mask, whose dtype is float (double for double); where

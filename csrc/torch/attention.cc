@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "kernels/table.h"
 #include "torch/tensors.h"
 
 namespace longspan::binding {
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
       torch::stable::fill_(lse, -INFINITY);
     }
   }
-  attention_forward(a.params);
+  kernels().attention_forward(a.params);
   return {out, lse};
 }
 
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       torch::stable::fill_(dv, 0.0);
     }
   }
-  attention_backward(a.params, a.gradients);
+  kernels().attention_backward(a.params, a.gradients);
   return {dq, dk, dv, d_sinks};
 }
 
@@ -188,7 +189,7 @@ Tensor mask_backward(Tensor d_out, OptionalTensor d_lse, Tensor q, Tensor k, Ten
   Tensor d_mask = torch::stable::new_zeros(q, mask.sizes(), lse_type(q));
   AttentionMask layout = mask_layout(d_mask);
   layout.dtype = dtype_of(d_mask, "attention: attn_mask");
-  attention_mask_backward(a.params, a.gradients, layout);
+  kernels().attention_mask_backward(a.params, a.gradients, layout);
   return d_mask;
 }
 
@@ -279,7 +280,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   Tensor out = empty_heads(q, p.value_channels);
   Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, lse_type(q));
   p.q = heads(q), p.out = heads(out), p.lse = lse.data_ptr();
-  attention_decode(p, c);
+  kernels().attention_decode(p, c);
   return {out, lse};
 }
 
