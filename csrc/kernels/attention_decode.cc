@@ -31,7 +31,7 @@ class Decode {
     width_ = round_up(p.value_channels, kLanes<T>);
     group_ = p.heads / p.kv_heads;
     rows_ = group_ * p.tokens;
-    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, p.batch * p.kv_heads),
+    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, p.batch * p.kv_heads)),
                                         p.keys / kLeastKeysPerSplit));
   }
 

@@ -59,12 +59,17 @@ def check_between(function: str, name: str, x: float, low: float, high: float) -
         raise ValueError(f"{function}: {name}: expected {low} <= {name} < {high}, got {x}")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for this tensor's device."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype what torch's own attention casts; float64 stays as it is."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from longspan.ops._autograd import (
+    OperatorFunction,
     below_autograd,
     overload,
     register_autograd,
     register_not_differentiable,
+    register_once_differentiable,
 )
 from longspan.ops._checks import (
     autocast,
+    autocasts,
     check_between,
     check_floating,
     check_integers,
@@ -364,7 +367,7 @@ def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if mask.dtype != torch.bool and mask.dtype != q.dtype:
         if mask.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16):
             pass
-        elif torch.is_autocast_enabled(q.device.type) and mask.is_floating_point():
+        elif autocasts(q) and mask.is_floating_point():
             mask = mask.float()
         else:
             raise TypeError(
@@ -507,19 +510,17 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, 
 # ---- autograd
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(OperatorFunction):
     """longspan::attention_forward with its derivative."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(_forward, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, sinks, slopes, cu_q, cu_k, ranges, seed, *scalars = inputs
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(_forward, *args)
+        q, k, v, mask, sinks, slopes, cu_q, cu_k, ranges, seed, *scalars = args
         ctx.save_for_backward(q, k, v, *output, mask, sinks, slopes, cu_q, cu_k, ranges, seed)
         ctx.scalars = scalars
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -537,6 +538,6 @@ class _Attention(torch.autograd.Function):
 
 
 register_autograd("attention_forward", _Attention)
-for _name in ("attention_backward", "attention_mask_backward"):
-    register_not_differentiable(_name, "attention has no second derivative")
+register_once_differentiable("attention_backward")
+register_once_differentiable("attention_mask_backward")
 register_not_differentiable("attention_decode", "decoding has no gradient; use attention, or no_grad")
