@@ -1,4 +1,4 @@
-"""flash-attn 2's attention functions. What differs from flash-attn is listed in the package's docstring."""
+"""flash-attn 2's attention functions; the package's docstring lists what differs from flash-attn."""
 
 from typing import Any
 
@@ -54,7 +54,8 @@ def flash_attn_func(
     _check_rows("flash_attn_func", q, k, v, "(batch, tokens, heads, channels)")
     out, lse = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal, window=window_size,
-        scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, return_lse=True,
+        scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+        return_lse=True,
     )  # fmt: skip
     return _result(out.transpose(1, 2), lse, return_attn_probs)
 
@@ -228,8 +229,8 @@ def flash_attn_varlen_kvpacked_func(
     """
     k, v = _unpack("flash_attn_varlen_kvpacked_func", "kv", kv, 2, 1)
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -430,10 +431,10 @@ def _rows_of_pages(name: str, cu_seqlens: Tensor, block_table: Tensor, count: in
     check_integers(name, "block_table", block_table, (len(lengths), None), "(batch, pages)")
     if len(lengths) and int(lengths.min()) < 0:
         raise ValueError(f"{name}: cu_seqlens_k: expected no decrease, got {cu_seqlens.tolist()}")
-    if len(lengths) and int(lengths.max()) > block_table.shape[1] * page:
+    if len(lengths) and (longest := int(lengths.max())) > block_table.shape[1] * page:
         raise ValueError(
-            f"{name}: block_table: expected pages for {int(lengths.max())} keys, got {block_table.shape[1]} "
-            f"of {page}"
+            f"{name}: block_table: expected pages for {longest} keys, "
+            f"got {block_table.shape[1]} of {page}"
         )
     sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     position = (
