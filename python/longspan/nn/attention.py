@@ -348,10 +348,11 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            k = self.k_norm(k.to(self.k_norm.weight.dtype))
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions)
-        # Norms and rotations may run in float32 where autocast has the projections in bfloat16.
+        # Norms, and perhaps rotations, run in float32 where autocast has the projections in bfloat16.
         return q.to(v.dtype), k.to(v.dtype), v
 
     def _packed(
