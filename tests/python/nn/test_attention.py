@@ -486,6 +486,8 @@ def test_errors_of_the_cache():
             cache=layer.make_cache(2, 8, dtype=torch.half),
         )
         _raises(ValueError, "expected causal=True", make(), x, cache=cache)
+        _raises(ValueError, "expected eval", make(causal=True, dropout=0.1), x, cache=cache)
+        make(causal=True, dropout=0.1).eval()(x, cache=layer.make_cache(2, 8))
     assert torch.equal(cache.k, before.k)
     assert torch.equal(cache.lengths, before.lengths)
     _raises(TypeError, "mask: expected bool", cache.reset, torch.ones(2))

@@ -92,7 +92,8 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Example::
 
+        x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
         rows, indices, *_ = unpad_input(x, mask)
-        pad_input(rows, indices, *x.shape[:2])  # x with zeros for padding
+        pad_input(rows, indices, 2, 5)  # x with zeros for padding
     """
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
