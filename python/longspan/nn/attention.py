@@ -257,8 +257,8 @@ class Attention(nn.Module):
         Args:
             x: (B, T, hidden_size); packed sequences (total, hidden_size) with ``cu_seqlens``.
             lengths: (B,) integers: tokens of each sequence, the rest of its row is padding.
-            key_mask: (B, T) bool, True for tokens, False for padding, on whichever side or between. With
-                a cache a row's tokens are one run.
+            key_mask: (B, T) bool, True for tokens, False for padding, on whichever side or between;
+                ``lengths`` is faster. With a cache a row's tokens are one run.
             cu_seqlens: (B + 1,) int32 or int64: where each packed sequence begins, and the end.
             positions: (B or 1, T) integers, or packed (total,), for ``rotary``; None counts the tokens
                 of each sequence from 0, those in the cache included.
