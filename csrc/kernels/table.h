@@ -10,6 +10,7 @@
   X(attention_forward)          \
   X(attention_backward)         \
   X(attention_mask_backward)    \
+  X(attention_append)           \
   X(attention_decode)
 
 namespace longspan {

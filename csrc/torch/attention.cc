@@ -193,6 +193,10 @@ Tensor mask_backward(Tensor d_out, OptionalTensor d_lse, Tensor q, Tensor k, Ten
   return d_mask;
 }
 
+/// More new tokens than this fill the lanes of attention_forward's tiles well enough (measured over
+/// 4096 keys: decoding takes 0.8 to 1.1 of its time at 8 tokens, 1.5 to 1.8 at 16).
+constexpr int64_t kDecodedTokens = 8;
+
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
                                   OptionalTensor k_new, OptionalTensor v_new, OptionalTensor cos,
                                   OptionalTensor sin, OptionalTensor block_table, OptionalTensor starts,
@@ -280,7 +284,20 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   Tensor out = empty_heads(q, p.value_channels);
   Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, lse_type(q));
   p.q = heads(q), p.out = heads(out), p.lse = lse.data_ptr();
-  kernels().attention_decode(p, c);
+  Tensor rotated = cos ? empty_heads(q, p.channels) : q;
+  c.q_rotated = heads(rotated);
+  kernels().attention_append(p, c);
+  p.q = heads(rotated);
+  if (p.tokens <= kDecodedTokens || block_table || rows) {
+    kernels().attention_decode(p, c);
+    return {out, lse};
+  }
+  std::vector<int64_t> ranges;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    ranges.insert(ranges.end(), {starts ? start_values[b] : 0, length_values[b], length_values[b] - p.tokens});
+  }
+  p.ranges = ranges.data();
+  kernels().attention_forward(p);
   return {out, lse};
 }
 

@@ -11,11 +11,6 @@ from longspan.ops.attention import attention, attention_decode, attention_varlen
 
 Rotary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Up to so many new tokens are decoded, more go through `attention`. Measured at 4096 keys with 9 / 3
-# and 8 / 8 heads, float32 and bfloat16: decoding takes 0.4 to 0.9 of the time at 1 or 2 tokens, 0.8 to
-# 1.1 at 8, 1.5 to 1.8 at 16.
-_DECODED_TOKENS = 8
-
 
 class KVCache:
     """Keys and values of one `Attention` layer, in storage that is allocated once and filled in place.
@@ -401,21 +396,17 @@ class Attention(nn.Module):
         if cache.k.dtype != k.dtype:
             raise TypeError(f"Attention: cache: expected k's dtype, {k.dtype}, got {cache.k.dtype}")
         before = cache.lengths
-        if real is None and t <= _DECODED_TOKENS:
+        if real is None:
             if not torch.compiler.is_compiling():  # there the operator checks
                 _check_room(cache, before + t)
             out = attention_decode(q, cache.k, cache.v, before + t, k_new=k, v_new=v, **self._options())
             before += t
             return out
-        if real is None:
-            first, count = torch.zeros_like(before), torch.full_like(before, t)
-            real = torch.ones(q.shape[0], t, dtype=torch.bool, device=q.device)
-        else:
-            first, count = real.long().argmax(1), real.sum(1)
-            index = torch.arange(t, device=q.device)
-            run = (index >= first[:, None]) & (index < (first + count)[:, None])
-            if not torch.equal(run, real):
-                raise ValueError("Attention: key_mask: expected one run of tokens a row beside a cache")
+        first, count = real.long().argmax(1), real.sum(1)
+        index = torch.arange(t, device=q.device)
+        run = (index >= first[:, None]) & (index < (first + count)[:, None])
+        if not torch.equal(run, real):
+            raise ValueError("Attention: key_mask: expected one run of tokens a row beside a cache")
         _check_room(cache, before + count)
         row, token = real.nonzero(as_tuple=True)
         slot = before[row] - first[row] + token

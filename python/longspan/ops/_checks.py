@@ -39,9 +39,7 @@ def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None]
         want is not None and got != want for got, want in zip(x.shape, shape)
     ):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(
-            f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}")
 
 
 def check_integers(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:

@@ -155,7 +155,9 @@ def attention_varlen(
     check_integers(name, "cu_seqlens_q", cu_seqlens_q, (None,), "(batch + 1,)")
     check_integers(name, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
     if cu_seqlens_q.shape[0] < 2:
-        raise ValueError(f"{name}: cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}")
+        raise ValueError(
+            f"{name}: cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}"
+        )
     q, k, v = _check_heads(name, *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)))
     out, lse = _attend(
         name, q, k, v, None, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, None,
@@ -252,7 +254,9 @@ def attention_decode(
     if k_new is not None and v_new is not None:
         check_like(name, "k_new", k_new, "q", q)
         check_like(name, "v_new", v_new, "q", q)
-        check_shape(name, "k_new", k_new, (b, kv_heads, None, d), "(batch, kv_heads, new tokens, channels)")
+        check_shape(
+            name, "k_new", k_new, (b, kv_heads, None, d), "(batch, kv_heads, new tokens, channels)"
+        )
         check_shape(
             name, "v_new", v_new, (*k_new.shape[:3], v_cache.shape[3]), "k_new's shape but for channels"
         )
@@ -262,7 +266,9 @@ def attention_decode(
         check_shape(name, "cos", cos, (None, None), "(positions, rotary channels)")
         check_shape(name, "sin", sin, cos.shape, "cos's shape")
         if cos.shape[1] > d or cos.shape[1] % 2:
-            raise ValueError(f"{name}: cos: expected an even number of channels up to {d}, got {cos.shape[1]}")
+            raise ValueError(
+                f"{name}: cos: expected an even number of channels up to {d}, got {cos.shape[1]}"
+            )
         if cos.dtype != sin.dtype or (cos.dtype == torch.float64) != (q.dtype == torch.float64):
             raise TypeError(
                 f"{name}: cos and sin: expected one dtype, float64 with float64 and only then, "
@@ -313,7 +319,9 @@ def merge_attention(
     """
     name = "merge_attention"
     if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"{name}: expected as many outs as lses and at least one, got {len(outs)} and {len(lses)}")
+        raise ValueError(
+            f"{name}: expected as many outs as lses and at least one, got {len(outs)} and {len(lses)}"
+        )
     for i, (part, part_lse) in enumerate(zip(outs, lses)):
         check_tensor(name, f"outs[{i}]", part)
         check_floating(name, f"outs[{i}]", part)
@@ -348,7 +356,11 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     k_shape, v_shape = k.shape, v.shape
     if len(k_shape) != 4 or k_shape[0] != q_shape[0] or k_shape[3] != q_shape[3]:
         check_shape(
-            name, "k", k, (q_shape[0], None, None, q_shape[3]), "(batch, kv_heads, keys, channels) as q has them"
+            name,
+            "k",
+            k,
+            (q_shape[0], None, None, q_shape[3]),
+            "(batch, kv_heads, keys, channels) as q has them",
         )
     if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
@@ -359,7 +371,9 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 def _check_group(name: str, heads: int, kv_heads: int) -> None:
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}")
+        raise ValueError(
+            f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
+        )
 
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -375,7 +389,9 @@ def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
             )
     full = (*q.shape[:3], k.shape[2])
     if mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1])):
-        raise ValueError(f"{name}: attn_mask: expected what broadcasts to {full}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name}: attn_mask: expected what broadcasts to {full}, got {tuple(mask.shape)}"
+        )
     return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
 
 
@@ -443,10 +459,10 @@ def _attend(
             q, k, v, attn_mask, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, key_ranges, seed,
             left, right, sink_tokens, scale, softcap, dropout_p,
         )  # fmt: skip
-    options: dict[str, Any] = dict(
-        window=(left, right), sink_tokens=sink_tokens, sinks=sinks, scale=scale, softcap=softcap,
-        dropout_p=dropout_p, dropout_seed=seed,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "window": (left, right), "sink_tokens": sink_tokens, "sinks": sinks, "scale": scale,
+        "softcap": softcap, "dropout_p": dropout_p, "dropout_seed": seed,
+    }  # fmt: skip
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return reference.attention(
             q, k, v, attn_mask, alibi_slopes=alibi_slopes, key_ranges=key_ranges, **options
@@ -456,7 +472,9 @@ def _attend(
     for b in range(batch):
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
         keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
-        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
         part, part_lse = reference.attention(
             q[:, :, rows], k[:, :, keys], v[:, :, keys], alibi_slopes=slopes, **options
         )

@@ -98,7 +98,8 @@ def attention(
     if sinks is not None:
         sink = sinks.to(dtype).reshape(1, h, 1, 1).expand(b, h, tokens, 1)
         score = torch.cat([score, sink], dim=-1)
-    greatest = score.detach().amax(-1, keepdim=True) if score.shape[-1] else score.new_zeros(b, h, tokens, 1)
+    floor = score.new_full((b, h, tokens, 1), -math.inf)  # there may be no key at all
+    greatest = torch.cat([score.detach(), floor], dim=-1).amax(-1, keepdim=True)
     greatest = torch.where(greatest == -math.inf, 0, greatest)
     weight = torch.exp(score - greatest)
     total = weight.sum(-1, keepdim=True)
