@@ -190,9 +190,9 @@ def _declared_packing(
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, **options: Any) -> Tensor:
     """Attend in sequences packed in the batch's rows, laid end to end; returns (B, L, H, D_v)."""
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     cu_q, cu_k, window = packed
-    out = attention_varlen(*rows, cu_q, cu_k, window=window, **options)
+    out = attention_varlen(q, k, v, cu_q, cu_k, window=window, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2])).contiguous()
 
 

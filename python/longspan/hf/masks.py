@@ -47,8 +47,8 @@ def longspan_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -76,7 +76,7 @@ def longspan_mask(
         batch_size: B.
         q_length: Number of queries.
         kv_length: Number of keys, unwritten ones of a static cache included.
-        q_offset: Position of query 0.
+        q_offset: Position of query 0, an int or (from a static cache) a tensor of one.
         kv_offset: Position of key 0.
         mask_function: The pattern.
         attention_mask: (B, positions) bool, True where a token is no padding; positions beyond its
@@ -98,20 +98,24 @@ def longspan_mask(
     """
     traced = is_tracing(attention_mask)
     if traced:
-        window, segments = _declared_window(
-            mask_function, local_size, allow_is_causal_skip, allow_is_bidirectional_skip, kwargs.get("config")
-        ), None  # fmt: skip
+        config = kwargs.get("config")
+        segments = None
+        window = _declared_window(
+            mask_function, local_size, config, allow_is_causal_skip, allow_is_bidirectional_skip
+        )
     else:
         window, segments = _pattern(mask_function)
     if window is None or _must_materialise(
         window, segments, q_length, allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap
     ):
-        return masking_utils.sdpa_mask(
+        dense = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
             local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
             use_vmap=use_vmap, device=device,
         )  # fmt: skip
+        assert dense is not None, "sdpa_mask makes a mask where no skip is allowed"
+        return dense
     if segments is not None:
         return _encode(_boundaries(segments)[None], window)
     ranges, flags = _padding_ranges(attention_mask, batch_size, kv_length, kv_offset, device, traced)
@@ -155,11 +159,11 @@ def _padding_ranges(
     attention_mask: Tensor | None,
     batch: int,
     kv_length: int,
-    kv_offset: int | Tensor,
+    kv_offset: int,
     device: torch.device | str,
     traced: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """First key and one past the last, each (B,); and flags (B, kv_length) if these do not say it all."""
+    """First key and one past the last, each (B,); flags (B, kv_length) where these do not say it all."""
     first = torch.zeros(batch, dtype=torch.int64, device=device)
     end = torch.full_like(first, kv_length)
     if attention_mask is None:
@@ -236,19 +240,17 @@ def _pattern(mask_function: Callable[..., Any]) -> _Pattern:
 def _captured(function: Callable[..., Any]) -> dict[str, Any]:
     """A closure's variables by name."""
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    return (
-        {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)}
-        if code and cells
-        else {}
-    )
+    if code is None or cells is None:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)}
 
 
 def _declared_window(
     mask_function: Callable[..., Any],
     local_size: int | None,
+    config: Any,
     causal_skip: bool,
     bidirectional_skip: bool,
-    config: Any,
 ) -> tuple[int, int] | None:
     """The window where closures cannot be opened (dynamo): from what the caller declares.
 
