@@ -119,22 +119,21 @@ def test_prefill_in_chunks(name, kind, pad):
     cache, parts, start = cache_of(kind, model), [], 0
     for size in (40, 1, 30, 1, 1, 37):
         stop = start + size
-        parts.append(
-            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
-        )
+        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
         start = stop
     assert start == LENGTH
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
-@pytest.mark.parametrize("pad", ["none", "left"])
+@pytest.mark.parametrize(
+    ("name", "pad"), [(name, "left") for name in CAUSAL] + [("llama", "none"), ("gemma2", "none")]
+)
 @pytest.mark.parametrize("kind", [None, "static"])
-@pytest.mark.parametrize("name", CAUSAL)
-def test_generation_token_for_token(name, kind, pad):
-    model, ids, mask = make(name), tokens(2, 60), padding(pad, 2, 60)
+def test_generation_token_for_token(name, pad, kind):
+    model, ids, mask = make(name), tokens(2, 40), padding(pad, 2, 40)
     options = {
-        "attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "output_logits": True,
-        "return_dict_in_generate": True, "disable_compile": True,
+        "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0,
+        "output_logits": True, "return_dict_in_generate": True, "disable_compile": True,
     }  # fmt: skip
     expected = with_attention(model, "eager").generate(ids, **options)
     got = with_attention(model, "longspan").generate(ids, cache_implementation=kind, **options)
@@ -152,9 +151,9 @@ def test_single_tokens_are_decoded_at_the_memorys_speed(kind, monkeypatch):
     )
     model = with_attention(make("gemma2"), "longspan")
     cache, mask = cache_of(kind, model), padding("left", 2, 40)
-    model(tokens(2, 39), attention_mask=mask[:, :39], past_key_values=cache)
+    model(tokens(2, 39), attention_mask=mask[:, :39], cache=cache)
     assert not calls
-    model(tokens(2, 1), attention_mask=mask, past_key_values=cache)
+    model(tokens(2, 1), attention_mask=mask, cache=cache)
     assert len(calls) == 2
 
 
@@ -177,7 +176,7 @@ def test_a_users_4d_mask(name, boolean):
     assert_agree(make(name), tokens(2, LENGTH), attention_mask=ours, eager={"attention_mask": masks[1]})
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_position_ids(name, batch):
     lengths = [(50, 1, 59), (LENGTH - 1, 1)][:batch]
@@ -190,20 +189,21 @@ def test_packed_position_ids(name, batch):
     torch.testing.assert_close(packed[:1, 51:], alone, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 def test_packed_by_cu_seq_lens(name):
+    """Also where the model itself takes no notice of position_ids (gpt-oss), or none are given."""
     model, ids = make(name), tokens(1, LENGTH)
     positions = torch.cat([torch.arange(50), torch.arange(60)])[None]
     cu = torch.tensor([0, 50, LENGTH], dtype=torch.int32)
     lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 60, "max_length_k": 60}
-    expected = with_attention(model, "eager")(ids, position_ids=positions, use_cache=False).logits
+    with_attention(model, "eager")
+    expected = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :50], ids[:, 50:])], 1)
     with_attention(model, "longspan")
     both = model(ids, position_ids=positions, use_cache=False, **lengths).logits
     torch.testing.assert_close(both, expected, **CLOSE)
-    # position_ids that do not start again, as rotary embeddings do not mind: cu_seq_lens alone say it
+    # Rotary embeddings look at differences of positions only.
     plain = model(ids, use_cache=False, **lengths).logits
-    torch.testing.assert_close(plain[:, :50], expected[:, :50], **CLOSE)
-    torch.testing.assert_close(plain[:, 50:], expected[:, 50:], **CLOSE)
+    torch.testing.assert_close(plain, expected, **CLOSE)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(ids, attention_mask=padding("left", 1, LENGTH), use_cache=False, **lengths)
 
@@ -317,21 +317,18 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("pad", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("pad", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
 def test_no_tensor_of_tokens_by_keys(name, pad):
-    """Forward and backward: the largest tensor is the logits or a feed-forward's, not 1024 x 1024."""
-    length = 1024
-    model = make(name, max_position_embeddings=length) if name != "bert" else make(name)
-    if name == "bert":
-        length = 512
-    ids, mask = tokens(2, length), padding(pad, 2, length)
-    with Largest() as seen:
+    """Forward and backward: the largest tensor is the logits', where eager's is 512 x 512 and more."""
+    length = 512
+    model, ids, mask = make(name), tokens(2, length), padding(pad, 2, length)
+    with Largest() as ours:
         run(with_attention(model, "longspan"), ids, ids, attention_mask=mask)
-    assert seen.elements <= 2 * length * 128
-    with Largest() as seen:
-        run(with_attention(model, "eager"), ids, ids, attention_mask=mask)
-    assert seen.elements >= length * length
+    assert ours.elements <= 2 * length * 100
+    with Largest() as eagers, torch.no_grad():
+        with_attention(model, "eager")(ids, attention_mask=mask)
+    assert eagers.elements >= length * length
 
 
 # ---- what is refused
