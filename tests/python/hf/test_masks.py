@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import transformers.masking_utils as m
 from hf_models import padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longspan.hf import longspan_mask
 from longspan.hf.masks import KeyRanges, Packed, decode_mask
-from transformers import LlamaConfig, masking_utils
+from transformers import LlamaConfig
 
 
 def dense(mask, batch, q_length, kv_length):
@@ -32,17 +33,17 @@ def dense(mask, batch, q_length, kv_length):
 
 
 PATTERNS = {
-    "causal": (masking_utils.causal_mask_function, {"allow_is_causal_skip": True}),
+    "causal": (m.causal_mask_function, {"allow_is_causal_skip": True}),
     "bidirectional": (
-        masking_utils.bidirectional_mask_function,
+        m.bidirectional_mask_function,
         {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True},
     ),
     "sliding": (
-        masking_utils.sliding_window_causal_mask_function(7),
+        m.sliding_window_causal_mask_function(7),
         {"allow_is_causal_skip": True, "local_size": 7},
     ),
     "two-sided": (
-        masking_utils.sliding_window_bidirectional_mask_function(7),
+        m.sliding_window_bidirectional_mask_function(7),
         {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True, "local_size": 7},
     ),
 }
@@ -51,9 +52,7 @@ PATTERNS = {
 def check(pattern, batch, attention_mask, **sizes):
     function, options = PATTERNS[pattern]
     arguments = dict(batch_size=batch, mask_function=function, attention_mask=attention_mask, **sizes)
-    expected = masking_utils.sdpa_mask(
-        **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )
+    expected = m.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = longspan_mask(**arguments, **options)
     got = dense(mask, batch, sizes["q_length"], sizes["kv_length"])
     torch.testing.assert_close(got.expand_as(expected), expected)
@@ -107,9 +106,7 @@ def test_packed_sequences_are_offsets(window):
         "cache": None,
         "position_ids": positions,
     }
-    create = (
-        masking_utils.create_sliding_window_causal_mask if window else masking_utils.create_causal_mask
-    )
+    create = m.create_sliding_window_causal_mask if window else m.create_causal_mask
     masks = {}
     for name in ("eager", "longspan"):
         arguments["config"]._attn_implementation = name
@@ -126,7 +123,6 @@ def test_other_patterns_get_a_dense_mask():
     arguments = {"config": config, "inputs_embeds": torch.zeros(2, 30, 8), "cache": None}
     blocks = torch.full((2, 30), -1)
     blocks[:, 4:14] = 0
-    m = masking_utils
     calls = {
         "chunks": (m.create_chunked_causal_mask, {}),
         "blocks": (m.create_causal_mask, {"block_sequence_ids": blocks}),
@@ -155,12 +151,12 @@ def test_known_overlays_combine():
     """A window as and_mask_function, as Gemma 3 has it, is still a window."""
     config = LlamaConfig()
     config._attn_implementation = "longspan"
-    mask = masking_utils.create_causal_mask(
+    mask = m.create_causal_mask(
         config,
         torch.zeros(1, 30, 8),
         None,
         None,
-        and_mask_function=masking_utils.sliding_window_overlay(6),
+        and_mask_function=m.sliding_window_overlay(6),
     )
     read = decode_mask(mask, 1, 30, 30)
     assert isinstance(read, KeyRanges)

@@ -141,6 +141,17 @@ def test_generation_token_for_token(name, pad, kind):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
 
 
+def test_a_single_query_without_keys_gives_zero():
+    mask = longspan.hf.longspan_mask(
+        2, 1, 6, 5, attention_mask=torch.arange(6)[None] < torch.tensor([[0], [4]])
+    )
+    q, (k, v) = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 2, 6, 8)
+    out, _ = longspan.hf.longspan_attention(torch.nn.Module(), q, k, v, mask)
+    assert (out[0] == 0).all()
+    expected = torch.nn.functional.scaled_dot_product_attention(q[1], k[1, :, :4], v[1, :, :4])
+    torch.testing.assert_close(out[1].transpose(0, 1), expected)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_single_tokens_are_decoded_at_the_memorys_speed(kind, monkeypatch):
@@ -272,7 +283,7 @@ def test_half_precision_is_no_worse_than_sdpa(dtype):
 # ---- compiled
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["gemma2", "bert"])
 def test_fullgraph_compile(name):
     """With padding, which a graph cannot look at, and with gradients."""
     model, ids, mask = with_attention(make(name), "longspan"), tokens(2, 60), padding("left", 2, 60)
@@ -286,9 +297,8 @@ def test_fullgraph_compile(name):
         torch.testing.assert_close(grads[key], gradient, msg=key, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_compiled_generation_with_a_static_cache(name):
-    model, ids, mask = make(name), tokens(2, 40), padding("left", 2, 40)
+def test_compiled_generation_with_a_static_cache():
+    model, ids, mask = make("gemma2"), tokens(2, 40), padding("left", 2, 40)
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = with_attention(model, "eager").generate(ids, **options)
     compiled = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
