@@ -69,13 +69,13 @@ def longspan_attention(
         dropout: Probability of dropping a weight.
         scaling: Of the scores; None is D ** -0.5.
         sliding_window: Number of keys a causal query sees, its own included; without causality so
-            many less one each side. For ``attention_mask=None`` and ``cu_seq_lens_q`` only.
+            many less one each side. For ``attention_mask=None`` only.
         softcap: c replaces a score x by c * tanh(x / c); None is off.
         is_causal: Whether a query sees no later keys. For ``attention_mask=None`` only.
         s_aux: (H,), learned sink logits.
         position_bias: Floating, added to the scores; what broadcasts to (B, H, L, S).
-        **kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (n + 1,): sequences packed in one row.
-            Others that transformers passes along and that say nothing about attention are let be.
+        **kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (n + 1,): sequences packed in one row;
+            a bool or floating mask goes before them. Others that transformers passes along and that say nothing about attention are let be.
 
     Returns:
         (out, None): out (B, L, H, D_v), contiguous; attention weights are never formed.
