@@ -75,7 +75,8 @@ def longspan_attention(
         s_aux: (H,), learned sink logits.
         position_bias: Floating, added to the scores; what broadcasts to (B, H, L, S).
         **kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (n + 1,): sequences packed in one row;
-            a bool or floating mask goes before them. Others that transformers passes along and that say nothing about attention are let be.
+            a bool or floating mask goes before them. Others that transformers passes along and that
+            say nothing about attention are let be.
 
     Returns:
         (out, None): out (B, L, H, D_v), contiguous; attention weights are never formed.
