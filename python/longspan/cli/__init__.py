@@ -20,7 +20,9 @@ def _subcommands() -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longspan", description="Long sequences in PyTorch on the CPU.")
+    parser = argparse.ArgumentParser(
+        prog="longspan", description="Long sequences in PyTorch on the CPU."
+    )
     parser.add_argument("--version", action="version", version=f"longspan {longspan.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in _subcommands():

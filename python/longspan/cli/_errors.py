@@ -18,4 +18,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CommandError(f"{module} is needed ({error}); install it with `pip install {extra}`") from error
+        raise CommandError(
+            f"{module} is needed ({error}); install it with `pip install {extra}`"
+        ) from error

@@ -33,7 +33,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: bf16")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of torch and longspan; default: torch.get_num_threads()"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of torch and longspan; default: torch.get_num_threads()",
     )
 
 
@@ -140,8 +143,12 @@ class PretrainedModel:
         try:
             return kind.from_pretrained(self._name, **self._options, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CommandError(f"--model: {self.label}: {kind.__name__} cannot load it: {first_line}") from error
+            first_line = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise CommandError(
+                f"--model: {self.label}: {kind.__name__} cannot load it: {first_line}"
+            ) from error
 
 
 def _default_gguf() -> Path:
@@ -153,5 +160,7 @@ def _default_gguf() -> Path:
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise CommandError(f"expected a .gguf file inside the package {_PACKAGE}, found none; give --model")
+        raise CommandError(
+            f"expected a .gguf file inside the package {_PACKAGE}, found none; give --model"
+        )
     return files[0]
