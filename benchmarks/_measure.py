@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from longspan.cli._files import write_atomically
 from longspan.cli._memory import PeakMemory
-from torch import Tensor
 
 Work = Callable[[], Any]
 

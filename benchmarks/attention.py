@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-import longspan
 import torch
 from _measure import Bench, Row, measure_limits, run_with_environment
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import longspan
 
 Case = tuple[str, Callable[[Bench], Row]]
 sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import _measure
-import longspan
 import torch
+
+import longspan
 from longspan.cli._files import write_json
 
 FOLDER = Path(__file__).parent

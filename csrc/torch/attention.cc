@@ -52,8 +52,8 @@ struct Arguments {
                     "attention: shapes of q, k and v do not fit");
     if (!cu_q.empty()) {
       STD_TORCH_CHECK(p.batch == 1 && cu_q.size() == cu_k.size(), "attention: packed batches are 1");
-      check_offsets(cu_q, p.tokens);
-      check_offsets(cu_k, p.keys);
+      check_offsets("cu_seqlens_q", cu_q, p.tokens);
+      check_offsets("cu_seqlens_k", cu_k, p.keys);
       p.batch = int64_t(cu_q.size()) - 1;
       p.cu_q = cu_q.data(), p.cu_k = cu_k.data();
     }
@@ -87,11 +87,13 @@ struct Arguments {
   }
 
  private:
-  static void check_offsets(const std::vector<int64_t>& cu, int64_t total) {
-    STD_TORCH_CHECK(cu.size() >= 2 && cu.front() >= 0 && cu.back() <= total,
-                    "attention: cu_seqlens must lie in 0 ... ", total);
+  static void check_offsets(const char* name, const std::vector<int64_t>& cu, int64_t total) {
+    STD_TORCH_CHECK(cu.size() >= 2 && cu.front() >= 0 && cu.back() <= total, "attention_varlen: ", name,
+                    ": expected entries from 0 to the ", total, " rows, got ", cu.front(), " to ",
+                    cu.back());
     for (size_t i = 1; i < cu.size(); ++i) {
-      STD_TORCH_CHECK(cu[i] >= cu[i - 1], "attention: cu_seqlens must not decrease");
+      STD_TORCH_CHECK(cu[i] >= cu[i - 1], "attention_varlen: ", name, ": expected no decrease, got ",
+                      cu[i - 1], " before ", cu[i]);
     }
   }
 
@@ -242,7 +244,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
                     "attention_decode: cache_seqlens[", b, "] is ", length_values[b],
                     ", expected between the new tokens, ", c.new_tokens, ", and the cache's slots, ", p.keys);
     STD_TORCH_CHECK(block_table || (row >= 0 && row < k_cache.size(0)),
-                    "attention_decode: row ", row, " is not in the cache");
+                    "attention_decode: cache_batch_idx: expected rows of the cache, 0 to ",
+                    k_cache.size(0) - 1, ", got ", row);
     for (int64_t i = 0; block_table && i * c.page < length_values[b]; ++i) {
       const int64_t page = table[b * c.pages + i];
       STD_TORCH_CHECK(page >= 0 && page < k_cache.size(0), "attention_decode: block_table[", b, "][", i,

@@ -15,8 +15,10 @@ def check_tensor(function: str, name: str, x: object) -> None:
         raise TypeError(f"{function}: {name}: expected a tensor, got {type(x).__name__}")
 
 
-def check_floating(function: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless the dtype is one that kernels have."""
+def check_floating(function: str, name: str, x: object) -> None:
+    """Raise TypeError unless ``x`` is a tensor of a dtype that kernels have."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
     if x.dtype not in FLOATING:
         raise TypeError(
             f"{function}: {name}: expected float32, float64, bfloat16 or float16, got {x.dtype}"

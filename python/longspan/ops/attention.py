@@ -140,7 +140,7 @@ def attention_varlen(
         out (total_q, H, D_v); with ``return_lse`` also lse (H, total_q). Rows of no sequence are 0.
 
     Raises:
-        TypeError, ValueError: As `attention`; also where ``cu_seqlens`` decrease or leave the rows.
+        TypeError, ValueError: As `attention`. RuntimeError: ``cu_seqlens`` decrease or leave the rows.
 
     Example::
 
@@ -238,6 +238,11 @@ def attention_decode(
     kv_heads = k_cache.shape[heads_at]
     check_shape(name, "k_cache", k_cache, (None, None, None, d), "q's channels last")
     check_shape(name, "v_cache", v_cache, (*k_cache.shape[:3], None), "k_cache's shape but for channels")
+    for label, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"{name}: {label}: expected a last stride of 1, for it is written in place, got {x.stride(3)}"
+            )
     _check_group(name, h, kv_heads)
     check_integers(name, "cache_seqlens", cache_seqlens, (b,), "(batch,)")
     for label, index in (("cache_starts", cache_starts), ("cache_batch_idx", cache_batch_idx)):
@@ -263,6 +268,8 @@ def attention_decode(
     if (cos is None) != (sin is None):
         raise ValueError(f"{name}: cos and sin: expected both or neither")
     if cos is not None and sin is not None:
+        check_floating(name, "cos", cos)
+        check_floating(name, "sin", sin)
         check_shape(name, "cos", cos, (None, None), "(positions, rotary channels)")
         check_shape(name, "sin", sin, cos.shape, "cos's shape")
         if cos.shape[1] > d or cos.shape[1] % 2:
@@ -323,9 +330,9 @@ def merge_attention(
             f"{name}: expected as many outs as lses and at least one, got {len(outs)} and {len(lses)}"
         )
     for i, (part, part_lse) in enumerate(zip(outs, lses)):
-        check_tensor(name, f"outs[{i}]", part)
         check_floating(name, f"outs[{i}]", part)
         check_shape(name, f"outs[{i}]", part, outs[0].shape, "the shape of outs[0]")
+        check_floating(name, f"lses[{i}]", part_lse)
         check_shape(name, f"lses[{i}]", part_lse, part.shape[:-1], "its part's shape but for channels")
     lse = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
     out = outs if isinstance(outs, Tensor) else torch.stack(tuple(outs))
@@ -346,8 +353,11 @@ def merge_attention(
 
 
 def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_tensor(name, "q", q)
     check_floating(name, "q", q)
+    if autocasts(q):
+        check_floating(name, "k", k)
+        check_floating(name, "v", v)
+        q, k, v = autocast(q, k, v)
     q_shape = q.shape
     if len(q_shape) != 4:
         check_shape(name, "q", q, (None,) * 4, "(batch, heads, tokens, channels)")
@@ -365,7 +375,6 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
     _check_group(name, q_shape[1], k_shape[1])
-    q, k, v = autocast(q, k, v)
     return q, k, v
 
 
@@ -417,11 +426,9 @@ def _check_options(
         raise ValueError(f"{name}: softcap: expected 0 (off) or more, got {softcap}")
     check_between(name, "dropout_p", dropout_p, 0.0, 1.0)
     if sinks is not None:
-        check_tensor(name, "sinks", sinks)
         check_floating(name, "sinks", sinks)
         check_shape(name, "sinks", sinks, (heads,), "(heads,)")
     if alibi_slopes is not None:
-        check_tensor(name, "alibi_slopes", alibi_slopes)
         check_floating(name, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() == 2:
             check_shape(name, "alibi_slopes", alibi_slopes, (batch, heads), "(heads,) or (batch, heads)")

@@ -143,6 +143,7 @@ def attention_decode(
     block_table: Tensor | None = None,
     cache_starts: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
     """-> (out, lse); writes the new keys and values into the caches."""
@@ -174,7 +175,16 @@ def attention_decode(
                 cache[where[0][length - n :], where[1][length - n :]] = rows.transpose(0, 1)
             caches.append(cache[where].transpose(0, 1)[None])
         ranges = torch.tensor([[start, length, length - q.shape[2]]])
-        out, lse = attention(turn(query)[None], *caches, key_ranges=ranges, **options)  # type: ignore[arg-type]
+        slopes = (
+            alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        )
+        out, lse = attention(
+            turn(query)[None],
+            *caches,
+            key_ranges=ranges,
+            alibi_slopes=slopes,
+            **options,  # type: ignore[arg-type]
+        )
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from longspan.cli import demo, main
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers' import

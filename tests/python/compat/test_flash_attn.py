@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from longspan.compat import flash_attn as fa
 from longspan.reference import attention as reference
 

@@ -4,9 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import longspan.hf
 import pytest
 import torch
+
+import longspan.hf
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,9 +6,10 @@ import transformers.masking_utils as m
 from hf_models import padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
+
 from longspan.hf import longspan_mask
 from longspan.hf.masks import KeyRanges, Packed, decode_mask
-from transformers import LlamaConfig
 
 
 def dense(mask, batch, q_length, kv_length):

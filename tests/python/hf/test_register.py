@@ -3,13 +3,14 @@
 import importlib.util
 import pathlib
 
-import longspan
-import longspan.hf.attention as hf_attention
 import pytest
 import torch
 import transformers
 from hf_models import ALL, CAUSAL, WINDOW, make, padding, tokens, with_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import longspan
+import longspan.hf.attention as hf_attention
 
 LENGTH = 110
 # Of logits and gradients of order 1 to 10.

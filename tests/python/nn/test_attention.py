@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from longspan.nn import Attention, KVCache
 
 F64 = torch.float64
