@@ -27,9 +27,10 @@ inline double value_of(Dtype dtype, uint16_t h) {
 
 inline uint16_t infinity_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 0x7f80 : 0x7c00; }
 
-/// The nearest 16-bit number, ties to even, found by bisection over the positive numbers in order.
+/// The nearest 16-bit number, ties to even, NaN for NaN, found by bisection over the positive numbers in order.
 inline uint16_t nearest(Dtype dtype, double x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0, infinity = infinity_of(dtype);
+  if (std::isnan(x)) return sign | infinity | 0x40;
   const double magnitude = std::fabs(x);
   uint16_t low = 0, high = infinity;
   while (high - low > 1) {
@@ -97,7 +98,7 @@ class Array {
       case Dtype::kFloat:
         return put(i, float(x));
       default:
-        put(i, std::isnan(x) ? uint16_t(infinity_of(dtype_) | 0x40) : nearest(dtype_, x));
+        put(i, nearest(dtype_, x));
     }
   }
   std::vector<double> values() const {
