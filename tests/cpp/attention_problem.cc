@@ -259,7 +259,8 @@ Results compute(const KernelTable& kernels, const Problem& p, Inputs& in, int th
     a.mask.data = a.mask.boolean ? static_cast<void*>(in.visible.data()) : in.mask.data();
   }
   a.scale = p.scale, a.softcap = p.softcap;
-  if (!p.slopes.empty()) a.alibi_slopes = p.slopes.data(), a.alibi_batch = p.slopes_by_batch ? p.heads : 0;
+  if (!p.slopes.empty())
+    a.alibi_slopes = p.slopes.data(), a.alibi_batch = p.slopes_by_batch ? p.heads : 0;
   if (!p.sinks.empty()) a.sinks = p.sinks.data();
   a.dropout = p.dropout, a.seed = p.seed, a.threads = threads;
   kernels.attention_forward(a);

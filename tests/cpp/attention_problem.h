@@ -37,8 +37,7 @@ enum class MaskKind { kNone, kBoolean, kAdditive };
 /// The shape and the options of a call; tensors are Inputs.
 struct Problem {
   Dtype dtype = Dtype::kFloat;
-  int64_t batch = 2, heads = 4, kv_heads = 2, tokens = 70, keys = 70, channels = 16,
-          value_channels = 16;
+  int64_t batch = 2, heads = 4, kv_heads = 2, tokens = 70, keys = 70, channels = 16, value_channels = 16;
   bool tokens_outside = false;
   int64_t gap = 0;
   int64_t left = -1, right = -1, sink_tokens = 0;
@@ -60,7 +59,7 @@ struct Inputs {
   Inputs(const Problem& p, uint32_t seed);
   Heads q, k, v, d_out;
   Array d_lse;
-  Array mask;                         ///< additive
+  Array mask;  ///< additive
   std::vector<unsigned char> visible;  ///< boolean
 };
 

@@ -31,7 +31,8 @@ std::vector<Case> cases() {
   add("plain", [](Problem&) {});
   add("causal", [](Problem& p) { p.right = 0; });
   add("window", [](Problem& p) { p.left = 20, p.right = 5; });
-  add("window and sink tokens", [](Problem& p) { p.left = 20, p.right = 0, p.sink_tokens = 3, p.tokens = p.keys = 200; });
+  add("window and sink tokens",
+      [](Problem& p) { p.left = 20, p.right = 0, p.sink_tokens = 3, p.tokens = p.keys = 200; });
   add("window of one key", [](Problem& p) { p.left = 0, p.right = 0; });
   add("fewer queries than keys", [](Problem& p) { p.keys = 133, p.right = 0; });
   add("queries that see nothing", [](Problem& p) { p.tokens = 133, p.right = 0; });
@@ -52,12 +53,15 @@ std::vector<Case> cases() {
     p.slopes = {0.5, 0.25, 0.125, 0.0625, 0.3, 0.2, 0.1, 0}, p.slopes_by_batch = true, p.keys = 90;
   });
   add("sinks", [](Problem& p) { p.sinks = {0.5, -1, 3, 0}, p.right = 0; });
-  add("sinks where nothing is seen", [](Problem& p) { p.sinks = {1, 2, 3, 4}, p.tokens = 90, p.right = 0; });
-  add("boolean mask", [](Problem& p) { p.mask = MaskKind::kBoolean, p.mask_full = {true, true, true, true}; });
+  add("sinks where nothing is seen",
+      [](Problem& p) { p.sinks = {1, 2, 3, 4}, p.tokens = 90, p.right = 0; });
+  add("boolean mask",
+      [](Problem& p) { p.mask = MaskKind::kBoolean, p.mask_full = {true, true, true, true}; });
   add("boolean mask over keys", [](Problem& p) {
     p.mask = MaskKind::kBoolean, p.mask_full = {true, false, false, true}, p.right = 0;
   });
-  add("additive mask", [](Problem& p) { p.mask = MaskKind::kAdditive, p.mask_full = {true, true, true, true}; });
+  add("additive mask",
+      [](Problem& p) { p.mask = MaskKind::kAdditive, p.mask_full = {true, true, true, true}; });
   add("additive mask of all heads", [](Problem& p) {
     p.mask = MaskKind::kAdditive, p.mask_full = {true, false, true, true}, p.right = 0;
   });
@@ -70,14 +74,17 @@ std::vector<Case> cases() {
   add("dropout", [](Problem& p) { p.dropout = 0.3, p.right = 0; });
   add("ranges of keys", [](Problem& p) { p.ranges = {5, 61, 0, 0, 70, 3}, p.right = 0; });
   add("ranges, window and sink tokens", [](Problem& p) {
-    p.tokens = 100, p.keys = 210, p.ranges = {7, 180, 80, 30, 210, 110}, p.left = 40, p.right = 0, p.sink_tokens = 4;
+    p.tokens = 100, p.keys = 210, p.ranges = {7, 180, 80, 30, 210, 110}, p.left = 40, p.right = 0,
+    p.sink_tokens = 4;
   });
   add("packed", [](Problem& p) {
-    p.batch = 4, p.cu_q = {0, 70, 70, 71, 200}, p.cu_k = {0, 90, 95, 95, 230}, p.tokens = 200, p.keys = 230;
+    p.batch = 4, p.cu_q = {0, 70, 70, 71, 200}, p.cu_k = {0, 90, 95, 95, 230}, p.tokens = 200,
+    p.keys = 230;
     p.right = 0;
   });
   add("packed, dropout and ALiBi", [](Problem& p) {
-    p.batch = 3, p.cu_q = p.cu_k = {0, 33, 97, 150}, p.tokens = p.keys = 150, p.dropout = 0.2, p.left = 30;
+    p.batch = 3, p.cu_q = p.cu_k = {0, 33, 97, 150}, p.tokens = p.keys = 150, p.dropout = 0.2,
+    p.left = 30;
     p.slopes = {0.5, 0.25, 0.125, 0.0625};
   });
   add("keys in several shares", [](Problem& p) {
@@ -128,11 +135,12 @@ void check_same(const Results& got, const Results& expected) {
 }
 
 /// Tokens [first, end) of (heads of all batch entries) x tokens x channels.
-std::vector<double> tokens_of(const std::vector<double>& x, int64_t tokens, int64_t channels, int64_t first,
-                              int64_t end) {
+std::vector<double> tokens_of(const std::vector<double>& x, int64_t tokens, int64_t channels,
+                              int64_t first, int64_t end) {
   std::vector<double> part;
   for (size_t row = 0; row < x.size(); row += size_t(tokens * channels)) {
-    part.insert(part.end(), x.begin() + int64_t(row) + first * channels, x.begin() + int64_t(row) + end * channels);
+    part.insert(part.end(), x.begin() + int64_t(row) + first * channels,
+                x.begin() + int64_t(row) + end * channels);
   }
   return part;
 }

@@ -1,4 +1,5 @@
-// attention_decode against the dense reference: each sequence's cache gathered into a problem of its own.
+// attention_decode against the dense reference: each sequence's cache gathered into a problem of its
+// own.
 #include <numeric>
 
 #include "attention_problem.h"
@@ -34,22 +35,26 @@ std::vector<Cache> caches() {
   std::vector<Cache> all;
   const auto add = [&](const char* name, const auto& change) { all.push_back(make(name, change)); };
   add("plain", [](Cache&) {});
-  add("several queries, causal", [](Cache& c) { c.p.tokens = 5, c.p.right = 0, c.lengths = {300, 5, 137}; });
+  add("several queries, causal",
+      [](Cache& c) { c.p.tokens = 5, c.p.right = 0, c.lengths = {300, 5, 137}; });
   add("nothing cached", [](Cache& c) { c.lengths = {0, 300, 0}; });
   add("window and sink tokens", [](Cache& c) { c.p.left = 70, c.p.right = 0, c.p.sink_tokens = 4; });
   add("several queries, window", [](Cache& c) {
     c.p.tokens = 3, c.p.left = 20, c.p.right = 0, c.p.sink_tokens = 2, c.lengths = {300, 3, 137};
   });
-  add("left padding", [](Cache& c) { c.starts = {290, 0, 64}, c.p.left = 100, c.p.sink_tokens = 3, c.p.right = 0; });
+  add("left padding",
+      [](Cache& c) { c.starts = {290, 0, 64}, c.p.left = 100, c.p.sink_tokens = 3, c.p.right = 0; });
   add("sinks", [](Cache& c) { c.p.sinks = {0.5, -1, 3, 0}, c.lengths = {300, 0, 137}; });
-  add("softcap and ALiBi", [](Cache& c) { c.p.softcap = 2, c.p.scale = 1, c.p.slopes = {.5, .25, .125, .0625}; });
+  add("softcap and ALiBi",
+      [](Cache& c) { c.p.softcap = 2, c.p.scale = 1, c.p.slopes = {.5, .25, .125, .0625}; });
   add("rows of the cache", [](Cache& c) { c.rows = {3, 1, 0}; });
   add("heads of 40 and 24", [](Cache& c) { c.p.channels = 40, c.p.value_channels = 24; });
   add("heads of 7 and 5", [](Cache& c) { c.p.channels = 7, c.p.value_channels = 5; });
   add("tokens outside heads", [](Cache& c) { c.p.tokens_outside = true; });
   add("pages", [](Cache& c) { c.page = 16, c.p.tokens = 2, c.p.right = 0, c.lengths = {300, 2, 137}; });
   add("pages, window", [](Cache& c) { c.page = 100, c.p.left = 33, c.p.right = 0; });
-  add("new tokens", [](Cache& c) { c.new_tokens = c.p.tokens = 3, c.p.right = 0, c.lengths = {300, 3, 137}; });
+  add("new tokens",
+      [](Cache& c) { c.new_tokens = c.p.tokens = 3, c.p.right = 0, c.lengths = {300, 3, 137}; });
   add("new tokens, rotated", [](Cache& c) {
     c.new_tokens = c.p.tokens = 3, c.p.right = 0, c.lengths = {300, 3, 137}, c.rotary = 16;
     c.starts = {10, 0, 0};
@@ -59,7 +64,8 @@ std::vector<Cache> caches() {
     c.interleaved = true, c.page = 32;
   });
   add("one sequence in many shares", [](Cache& c) {
-    c.p.batch = 1, c.p.heads = 3, c.p.kv_heads = 1, c.p.keys = 5000, c.lengths = {4999}, c.p.sinks = {1, 0, 2};
+    c.p.batch = 1, c.p.heads = 3, c.p.kv_heads = 1, c.p.keys = 5000, c.lengths = {4999},
+    c.p.sinks = {1, 0, 2};
   });
   return all;
 }
@@ -82,7 +88,8 @@ std::vector<double> rotated(const Cache& c, Dtype dtype, const Array& cos, const
   const std::vector<double> before = x;
   for (int64_t i = 0; i < c.rotary / 2; ++i) {
     const size_t at = size_t(std::max<int64_t>(0, position) * c.rotary + i);
-    const size_t a = size_t(c.interleaved ? 2 * i : i), b = size_t(c.interleaved ? 2 * i + 1 : i + c.rotary / 2);
+    const size_t a = size_t(c.interleaved ? 2 * i : i),
+                 b = size_t(c.interleaved ? 2 * i + 1 : i + c.rotary / 2);
     x[a] = before[a] * cos[at] - before[b] * sin[at];
     x[b] = before[b] * cos[at] + before[a] * sin[at];
   }
@@ -108,7 +115,8 @@ Stored store(const Cache& c, Random& random) {
     s.pages = (p.keys + c.page - 1) / c.page;
     s.table.resize(size_t(p.batch * s.pages));
     std::iota(s.table.begin(), s.table.end(), 1);
-    for (size_t i = s.table.size(); i-- > 1;) std::swap(s.table[i], s.table[size_t(random.below(int64_t(i) + 1))]);
+    for (size_t i = s.table.size(); i-- > 1;)
+      std::swap(s.table[i], s.table[size_t(random.below(int64_t(i) + 1))]);
     shape[0] = p.batch * s.pages + 1, shape[2] = c.page;
   }
   s.k = Heads(p.dtype, shape, p.tokens_outside || c.page, 0);
@@ -163,7 +171,8 @@ void check_decode(const KernelTable& kernels, const Cache& c, int threads) {
   if (!c.starts.empty()) cache.starts = c.starts.data();
   if (!c.rows.empty()) cache.rows = c.rows.data();
   if (c.page) cache.block_table = s.table.data(), cache.pages = s.pages, cache.page = c.page;
-  if (c.new_tokens) cache.k_new = k_new.view(), cache.v_new = v_new.view(), cache.new_tokens = c.new_tokens;
+  if (c.new_tokens)
+    cache.k_new = k_new.view(), cache.v_new = v_new.view(), cache.new_tokens = c.new_tokens;
   if (c.rotary) {
     cache.cos = cos.data(), cache.sin = sin.data();
     cache.rotary_dtype = p.lse_dtype();

@@ -27,7 +27,8 @@ inline double value_of(Dtype dtype, uint16_t h) {
 
 inline uint16_t infinity_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 0x7f80 : 0x7c00; }
 
-/// The nearest 16-bit number, ties to even, NaN for NaN, found by bisection over the positive numbers in order.
+/// The nearest 16-bit number, ties to even, NaN for NaN, found by bisection over the positive numbers in
+/// order.
 inline uint16_t nearest(Dtype dtype, double x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0, infinity = infinity_of(dtype);
   if (std::isnan(x)) return sign | infinity | 0x40;
@@ -39,8 +40,7 @@ inline uint16_t nearest(Dtype dtype, double x) {
   }
   const double below = value_of(dtype, low);
   // Past the greatest number infinity stands where the next one would.
-  const double above =
-      high == infinity ? 2 * below - value_of(dtype, low - 1) : value_of(dtype, high);
+  const double above = high == infinity ? 2 * below - value_of(dtype, low - 1) : value_of(dtype, high);
   if (magnitude - below > above - magnitude) return sign | high;
   if (magnitude - below < above - magnitude) return sign | low;
   return sign | (low % 2 == 0 ? low : high);

@@ -22,7 +22,9 @@ template <class T>
 constexpr test::VectorProbe<T> vector_probe() {
   test::VectorProbe<T> p{};
   p.lanes = kLanes<T>;
-  p.load_first = [](const T* in, int64_t n, T* out) { store<T>(out, longspan::LONGSPAN_ISA::load_first(in, n)); };
+  p.load_first = [](const T* in, int64_t n, T* out) {
+    store<T>(out, longspan::LONGSPAN_ISA::load_first(in, n));
+  };
   p.store_first = [](const T* in, T* out, int64_t n) {
     longspan::LONGSPAN_ISA::store_first<T>(out, load(in), n);
   };
@@ -146,10 +148,17 @@ constexpr const test::DotProbe<uint32_t, float>* kBf16 = nullptr;
 
 extern const test::Probe probe;
 constinit const test::Probe probe = {
-    LONGSPAN_QUOTE(LONGSPAN_ISA), vector_probe<float>(), vector_probe<double>(),
-    dot_probe<DotFloat>(),        dot_probe<DotDouble>(), kBf16,
-    threefry_scalar,              threefry_vector,        count_threads,
-    run_parallel,                 lay_out_arena,
+    LONGSPAN_QUOTE(LONGSPAN_ISA),
+    vector_probe<float>(),
+    vector_probe<double>(),
+    dot_probe<DotFloat>(),
+    dot_probe<DotDouble>(),
+    kBf16,
+    threefry_scalar,
+    threefry_vector,
+    count_threads,
+    run_parallel,
+    lay_out_arena,
 };
 
 }  // namespace longspan::LONGSPAN_ISA

@@ -38,7 +38,8 @@ std::vector<E> matrix(Random& random, int64_t rows, int64_t columns, int64_t ld,
   __builtin_memset(&nan, 0xff, sizeof nan);
   std::vector<E> m(size_t(rows * ld), nan);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) m[size_t(r * ld + c)] = element<E>(random.normals(size_t(depth)));
+    for (int64_t c = 0; c < columns; ++c)
+      m[size_t(r * ld + c)] = element<E>(random.normals(size_t(depth)));
   }
   return m;
 }
@@ -121,9 +122,11 @@ void check_guard(const DotProbe<E, S>& p, int lanes) {
         const std::vector<E> a(5, element<E>(zero_left ? zero : other));
         const std::vector<E> b(size_t(lanes), element<E>(zero_left ? other : zero));
         std::vector<S> c(size_t(5 * lanes), S(1));
-        p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, true, 5, lanes, 1});
+        p.product(
+            {a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, true, 5, lanes, 1});
         for (const S x : c) CHECK(x == S(1 + (p.depth - 1) * 6));
-        p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, false, 5, lanes, 1});
+        p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, false, 5,
+                   lanes, 1});
         for (const S x : c) CHECK(std::isnan(x));
       }
     }
