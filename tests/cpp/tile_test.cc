@@ -99,7 +99,7 @@ void check_products(const DotProbe<E, S>& p, int lanes) {
     for (const bool guarded : {false, true}) {
       for (const bool unit_depth : {false, true}) {
         for (int64_t rows = 1; rows <= 17; ++rows) {
-          for (int vectors = 1; vectors <= 5; ++vectors) {
+          for (int vectors = 1; vectors <= 9; ++vectors) {
             check_product(p, lanes, start, guarded, unit_depth, rows, vectors * lanes, 3, random);
           }
         }
