@@ -84,5 +84,10 @@ class CMakeBuild(build_ext):
         )
 
 
+# pip asks for the metadata first, then downloads what it names, then builds: without torch that would
+# be gigabytes before the build could say that it has none.
+if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+    torch_folders()
+
 setup(ext_modules=[Extension("longspan._C", sources=[])], cmdclass={"build_ext": CMakeBuild},
       package_dir={"": "python"})  # fmt: skip
