@@ -1,5 +1,5 @@
-// attention_decode against the dense reference: each sequence's cache gathered into a problem of its
-// own.
+// attention_append and attention_decode against the dense reference: each sequence's cache gathered into
+// a problem of its own.
 #include <numeric>
 
 #include "attention_problem.h"
@@ -178,6 +178,10 @@ void check_decode(const KernelTable& kernels, const Cache& c, int threads) {
     cache.rotary_dtype = p.lse_dtype();
     cache.rotary_channels = cache.rotary_stride = c.rotary, cache.interleaved = c.interleaved;
   }
+  Heads q_rotated(p.dtype, q.shape, !p.tokens_outside, 0);
+  cache.q_rotated = q_rotated.view();
+  kernels.attention_append(a, cache);
+  if (c.rotary) a.q = q_rotated.view();
   kernels.attention_decode(a, cache);
 
   const double unit = epsilon_of(p.dtype);
