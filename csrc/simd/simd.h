@@ -129,11 +129,32 @@ LS_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+/// Halves the vector until one lane is left.
+template <class T, class Combine>
+LS_INLINE T reduce_lanes(Vec<T> v, const Combine& combine) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+  }
+  return lane[0];
+}
+
 template <class T>
 LS_INLINE T sum_of_lanes(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__m512(v));
+#endif
+  return reduce_lanes<T>(v, [](T a, T b) { return a + b; });
+}
+
+/// NaN lanes may or may not be passed over.
+template <class T>
+LS_INLINE T max_of_lanes(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps(__m512(v));
+#endif
+  return reduce_lanes<T>(v, [](T a, T b) { return a < b ? b : a; });
 }
 
 // Interleaving and transposition -----------------------------------------------------------
