@@ -18,7 +18,7 @@ class MaskBackward {
  public:
   MaskBackward(const AttentionParams& p, const AttentionGradients& g, const AttentionMask& d_mask)
       : p_(p), d_mask_(d_mask), index_((p.batch + 1) * int64_t(sizeof(int64_t))),
-        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0))) {}
+        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0)), kKeyBlock) {}
 
   void run() {
     const int64_t blocks = ceil_div(p_.tokens, kQueryBlock);
