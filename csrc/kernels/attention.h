@@ -74,22 +74,25 @@ struct AttentionCache {
   int64_t pages = 0, page = 0;
   const int64_t* rows = nullptr;         ///< [batch] or null: which row of the cache
 
-  // Written to the last slots before `lengths`; both null or neither. Rotated, and the queries with
-  // them, where cos is given.
+  // attention_append writes these to the last slots before `lengths`, and, where cos is given, rotates
+  // the keys on the way and the queries into q_rotated. Positions count from `starts`.
   AttentionTensor k_new, v_new;
-  int64_t new_tokens = 0;
+  int64_t new_tokens = 0;  ///< may be 0
+  AttentionTensor q_rotated;
   const void *cos = nullptr, *sin = nullptr;  ///< [positions][rotary_channels], the halves equal
   Dtype rotary_dtype = Dtype::kFloat;
   int64_t rotary_channels = 0, rotary_stride = 0;
   bool interleaved = false;                   ///< pairs (2i, 2i + 1) instead of (i, i + half)
 };
 
+// Called through kernels() (table.h).
 void attention_forward(const AttentionParams&);
 void attention_backward(const AttentionParams&, const AttentionGradients&);
 /// Adds the gradient of an additive mask to d_mask, whose dtype is float (double for double); where
 /// its strides are 0 it sums.
 void attention_mask_backward(const AttentionParams&, const AttentionGradients&,
                              const AttentionMask& d_mask);
+void attention_append(const AttentionParams&, const AttentionCache&);
 void attention_decode(const AttentionParams&, const AttentionCache&);
 
 }  // namespace longspan

@@ -31,7 +31,7 @@ class Backward {
       : p_(p), g_(g), index_((p.batch + 1) * int64_t(sizeof(int64_t))),
         gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0))) {
     group_ = p.heads / p.kv_heads;
-    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, p.batch * p.kv_heads),
+    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, p.batch * p.kv_heads)),
                                         ceil_div(p.keys, kKeyBlock)));
   }
 

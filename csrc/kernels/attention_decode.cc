@@ -19,6 +19,20 @@ namespace {
 
 constexpr int64_t kEnoughTasks = 64;  // constants: results must not depend on the machine
 constexpr int64_t kLeastKeysPerSplit = 256;
+constexpr int64_t kFewRows = 512;  // to be merged without waking threads
+
+LS_INLINE int64_t first_key(const AttentionCache& c, int64_t b) {
+  return c.starts ? max_of<int64_t>(0, c.starts[b]) : 0;
+}
+
+/// A slot of one head of a sequence's cache.
+LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c, const AttentionTensor& x,
+                              int64_t b, int64_t kv_head, int64_t slot) {
+  if (c.block_table) {
+    return rows_of(x, p.dtype, c.block_table[b * c.pages + slot / c.page], kv_head, slot % c.page);
+  }
+  return rows_of(x, p.dtype, c.rows ? c.rows[b] : b, kv_head, slot);
+}
 
 template <class Dot>
 class Decode {
@@ -31,7 +45,7 @@ class Decode {
     width_ = round_up(p.value_channels, kLanes<T>);
     group_ = p.heads / p.kv_heads;
     rows_ = group_ * p.tokens;
-    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, p.batch * p.kv_heads),
+    splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, p.batch * p.kv_heads)),
                                         p.keys / kLeastKeysPerSplit));
   }
 
@@ -49,22 +63,16 @@ class Decode {
       Arena arena(parts.at(measure_part.used() * i));
       return lay_out_part(arena);
     };
-    if (c_.new_tokens > 0) {
-      parallel_for(heads, threads, [&](int64_t i, int thread) {
-        Arena arena(scratch.at(measure.used() * thread));
-        append(i / p_.kv_heads, i % p_.kv_heads, lay_out(arena));
-      });
-    }
     parallel_for(tasks, threads, [&](int64_t i, int thread) {
       Arena arena(scratch.at(measure.used() * thread));
       const int64_t head = i / splits_;
       attend(head / p_.kv_heads, head % p_.kv_heads, i % splits_, part(i), lay_out(arena));
     });
-    for (int64_t i = 0; i < heads; ++i) {
+    parallel_for(heads, heads * rows_ < kFewRows ? 1 : threads, [&](int64_t i, int) {
       for (int64_t row = 0; row < rows_; ++row) {
         finish(i / p_.kv_heads, i % p_.kv_heads, row, [&](int64_t s) { return part(i * splits_ + s); });
       }
-    }
+    });
   }
 
  private:
@@ -78,8 +86,6 @@ class Decode {
     E* values;      ///< copies of V, where memory does not have the form
     T* scores;      ///< [rows][kKeyBlock]
     E* weights;     ///< the same rounded, in pairs of keys; DotBf16 only
-    T *row, *turned;  ///< a row being rotated
-    char* rotated;    ///< and the result, in dtype
   };
 
   Part lay_out_part(Arena& arena) const {
@@ -97,62 +103,18 @@ class Decode {
     w.values = arena.take<E>(kKeyBlock * width_);
     w.scores = arena.take<T>(rows_ * kKeyBlock);
     w.weights = arena.take<E>(Dot::kDepth == 2 ? rows_ * kKeyBlock / 2 : 0);
-    w.row = arena.take<T>(round_up(p_.channels, kLanes<T>));
-    w.turned = arena.take<T>(round_up(p_.channels, kLanes<T>));
-    w.rotated = arena.take<char>(p_.channels * size_of(p_.dtype));
     return w;
   }
 
-  LS_INLINE int64_t start(int64_t b) const { return c_.starts ? max_of<int64_t>(0, c_.starts[b]) : 0; }
-
-  /// Slot `k` of one head of a sequence's cache.
-  LS_INLINE TokenRows cached(const AttentionTensor& x, int64_t b, int64_t kv_head, int64_t k) const {
-    if (c_.block_table) {
-      return rows_of(x, p_.dtype, c_.block_table[b * c_.pages + k / c_.page], kv_head, k % c_.page);
-    }
-    return rows_of(x, p_.dtype, c_.rows ? c_.rows[b] : b, kv_head, k);
-  }
-
-  /// The row, rotated by its position where cos is given, into `out` of dtype.
-  void rotate(TokenRows in, int64_t position, void* out, const Workspace& w) const {
-    constexpr int L = kLanes<T>;
-    for (int64_t i = 0; i < p_.channels; i += L) store(w.row + i, load_as<T>(in.data, p_.dtype, i, p_.channels - i));
-    const int64_t half = c_.rotary_channels / 2;
-    for (int64_t i = 0; i < p_.channels; ++i) w.turned[i] = w.row[i];
-    for (int64_t i = 0; c_.cos && i < half; ++i) {
-      const int64_t at = position * c_.rotary_stride + i;
-      const T cos = load_as<T>(c_.cos, c_.rotary_dtype, at, 1)[0];
-      const T sin = load_as<T>(c_.sin, c_.rotary_dtype, at, 1)[0];
-      const int64_t first = c_.interleaved ? 2 * i : i, second = c_.interleaved ? 2 * i + 1 : i + half;
-      w.turned[first] = w.row[first] * cos - w.row[second] * sin;
-      w.turned[second] = w.row[second] * cos + w.row[first] * sin;
-    }
-    for (int64_t i = 0; i < p_.channels; i += L) {
-      store_as<T>(out, p_.dtype, i, load_first(w.turned + i, min_of<int64_t>(L, p_.channels - i)),
-                  p_.channels - i);
-    }
-  }
-
-  void append(int64_t b, int64_t kv_head, const Workspace& w) const {
-    for (int64_t t = 0; t < c_.new_tokens; ++t) {
-      const int64_t slot = c_.lengths[b] - c_.new_tokens + t;
-      rotate(rows_of(c_.k_new, p_.dtype, b, kv_head, t), max_of<int64_t>(0, slot - start(b)),
-             const_cast<void*>(cached(p_.k, b, kv_head, slot).data), w);
-      __builtin_memcpy(const_cast<void*>(cached(p_.v, b, kv_head, slot).data),
-                       rows_of(c_.v_new, p_.dtype, b, kv_head, t).data,
-                       size_t(p_.value_channels * size_of(p_.dtype)));
-    }
+  LS_INLINE TokenRows cached(const AttentionTensor& x, int64_t b, int64_t kv_head, int64_t slot) const {
+    return cache_row(p_, c_, x, b, kv_head, slot);
   }
 
   /// Rows are the group's heads, each with all its queries.
   void load_queries(int64_t b, int64_t kv_head, const Workspace& w) const {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t head = kv_head * group_ + r / p_.tokens, t = r % p_.tokens;
-      TokenRows q = rows_of(p_.q, p_.dtype, b, head, t);
-      if (c_.cos) {
-        rotate(q, max_of<int64_t>(0, c_.lengths[b] - p_.tokens + t - start(b)), w.rotated, w);
-        q.data = w.rotated;
-      }
+      const TokenRows q = rows_of(p_.q, p_.dtype, b, head, t);
       for (int64_t i = 0; i < depth_; i += kLanes<E>) {
         const int64_t n = min_of<int64_t>(depth_ - i, kLanes<E>);
         store_first(w.queries + r * depth_ + i, load_channels<Dot>(q, 0, i, n), n);
@@ -166,7 +128,7 @@ class Decode {
       part.sum[r] = T(0);
     }
     __builtin_memset(part.out, 0, size_t(rows_ * width_) * sizeof(T));
-    const int64_t length = c_.lengths[b], first = start(b), offset = length - p_.tokens;
+    const int64_t length = c_.lengths[b], first = first_key(c_, b), offset = length - p_.tokens;
     const int64_t low = p_.left < 0 ? first : max_of(first, offset - p_.left);
     const int64_t sink_end = min_of(first + p_.sink_tokens, length);
     load_queries(b, kv_head, w);
@@ -185,14 +147,6 @@ class Decode {
       if (c_.block_table) k1 = min_of(k1, (k0 / c_.page + 1) * c_.page);
       tile(b, kv_head, k0, k1, end, part, w);
       k0 = k1;
-    }
-  }
-
-  void prefetch(TokenRows x, int64_t n, int64_t channels) const {
-    const int64_t bytes = channels * size_of(p_.dtype);
-    for (int64_t t = 0; t < n; ++t) {
-      const char* row = static_cast<const char*>(x.from(t).data);
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
     }
   }
 
@@ -241,7 +195,7 @@ class Decode {
     // Seen: keys [from, to) of the tile, and those below `sinks`.
     const int64_t to = p_.right < 0 ? keys : min_of(keys, at + p_.right + 1 - k0);
     const int64_t from = p_.left < 0 ? 0 : at - p_.left - k0;
-    const int64_t sinks = start(b) + p_.sink_tokens - k0;
+    const int64_t sinks = first_key(c_, b) + p_.sink_tokens - k0;
     const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
     const auto bound = [](int64_t x) { return T(max_of<int64_t>(-1, min_of<int64_t>(x, kKeyBlock))); };
     Vec<T> greatest = broadcast(-kInfinity<T>);
@@ -307,7 +261,56 @@ class Decode {
   int64_t depth_, width_, group_, rows_, splits_;
 };
 
+/// Copies a row, rotated by its position where cos is given.
+template <class T>
+void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int64_t position, void* out) {
+  if (!c.cos) {
+    __builtin_memcpy(out, in.data, size_t(p.channels * size_of(p.dtype)));
+    return;
+  }
+  const int64_t half = c.rotary_channels / 2;
+  const auto one = [](const void* data, Dtype dtype, int64_t at) { return load_as<T>(data, dtype, at, 1)[0]; };
+  for (int64_t i = 0; i < half; ++i) {
+    const int64_t first = c.interleaved ? 2 * i : i, second = c.interleaved ? 2 * i + 1 : i + half;
+    const T a = one(in.data, p.dtype, first), b = one(in.data, p.dtype, second);
+    const T cos = one(c.cos, c.rotary_dtype, position * c.rotary_stride + i);
+    const T sin = one(c.sin, c.rotary_dtype, position * c.rotary_stride + i);
+    store_as<T>(out, p.dtype, first, broadcast(a * cos - b * sin), 1);
+    store_as<T>(out, p.dtype, second, broadcast(b * cos + a * sin), 1);
+  }
+  const int64_t size = size_of(p.dtype), done = 2 * half;
+  __builtin_memcpy(static_cast<char*>(out) + done * size, static_cast<const char*>(in.data) + done * size,
+                   size_t((p.channels - done) * size));
+}
+
+template <class T>
+void append(const AttentionParams& p, const AttentionCache& c) {
+  const auto write = [](TokenRows x) { return const_cast<void*>(x.data); };
+  const auto position = [&](int64_t b, int64_t slot) { return max_of<int64_t>(0, slot - first_key(c, b)); };
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      for (int64_t t = 0; t < c.new_tokens; ++t) {
+        const int64_t slot = c.lengths[b] - c.new_tokens + t;
+        rotate<T>(p, c, rows_of(c.k_new, p.dtype, b, h, t), position(b, slot),
+                  write(cache_row(p, c, p.k, b, h, slot)));
+        __builtin_memcpy(write(cache_row(p, c, p.v, b, h, slot)), rows_of(c.v_new, p.dtype, b, h, t).data,
+                         size_t(p.value_channels * size_of(p.dtype)));
+      }
+    }
+    for (int64_t h = 0; h < (c.cos ? p.heads : 0); ++h) {
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        rotate<T>(p, c, rows_of(p.q, p.dtype, b, h, t), position(b, c.lengths[b] - p.tokens + t),
+                  write(rows_of(c.q_rotated, p.dtype, b, h, t)));
+      }
+    }
+  }
+}
+
 }  // namespace
+
+void attention_append(const AttentionParams& p, const AttentionCache& c) {
+  p.dtype == Dtype::kDouble ? append<double>(p, c) : append<float>(p, c);
+}
 
 void attention_decode(const AttentionParams& p, const AttentionCache& c) {
   if (p.dtype == Dtype::kDouble) return Decode<DotDouble>(p, c).run();

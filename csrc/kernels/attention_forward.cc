@@ -168,7 +168,7 @@ class Forward {
       if (range.empty()) continue;
       for (int64_t k0 = range.begin & ~int64_t(1); k0 < range.end; k0 += kKeyBlock) {
         if (turn++ % splits_ != split) continue;
-        tile(rules, block, k, v, k0, min_of(k0 + kKeyBlock, range.end), started, w);
+        tile(rules, block, k, v, k0, min_of(k0 + kKeyBlock, range.end), range.end, started, w);
         started = true;
       }
     }
@@ -178,9 +178,11 @@ class Forward {
   }
 
   void tile(const ScoreRules<T>& rules, const Block& block, TokenRows k, TokenRows v, int64_t k0,
-            int64_t k1, bool started, const Workspace& w) const {
+            int64_t k1, int64_t range_end, bool started, const Workspace& w) const {
     const int64_t keys = k1 - k0, queries = block.q1 - block.q0;
     const int64_t columns = round_up(queries, kLanes<T>);
+    prefetch(k.from(k1), min_of(range_end - k1, kKeyBlock), p_.channels);
+    prefetch(v.from(k1), min_of(range_end - k1, kKeyBlock), p_.value_channels);
     const Operand<Dot> kt = by_channel<Dot>(k.from(k0), keys, p_.channels, w.keys);
     Product<Dot>{kt.data, kt.stride, 1, w.queries, kQueryBlock, w.scores, kQueryBlock}
         .template run_as<Start::kZero, false, true>(keys, columns, depth_);

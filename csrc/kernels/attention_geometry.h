@@ -7,7 +7,7 @@
 namespace longspan::LONGSPAN_ISA {
 
 inline constexpr int64_t kQueryBlock = 64;  ///< queries along the lanes of a tile
-inline constexpr int64_t kKeyBlock = 64;    ///< keys along its rows
+inline constexpr int64_t kKeyBlock = 96;    ///< keys along its rows
 
 struct Interval {
   int64_t begin, end;

@@ -10,7 +10,7 @@
 #include "kernels/table.h"
 
 #define LONGSPAN_DECLARE(level)     \
-  namespace longspan::level {       \
+  namespace longspan::level {   \
   extern const KernelTable table;   \
   }
 LONGSPAN_EACH_LEVEL(LONGSPAN_DECLARE)
@@ -80,18 +80,6 @@ bool use_kernels(const char* name) {
 bool threads_survive() {
   (void)watch_fork;
   return !forked.load(std::memory_order_relaxed);
-}
-
-void attention_forward(const AttentionParams& p) { kernels().attention_forward(p); }
-void attention_backward(const AttentionParams& p, const AttentionGradients& g) {
-  kernels().attention_backward(p, g);
-}
-void attention_mask_backward(const AttentionParams& p, const AttentionGradients& g,
-                             const AttentionMask& d_mask) {
-  kernels().attention_mask_backward(p, g, d_mask);
-}
-void attention_decode(const AttentionParams& p, const AttentionCache& c) {
-  kernels().attention_decode(p, c);
 }
 
 }  // namespace longspan

@@ -25,6 +25,15 @@ struct TokenRows {
   }
 };
 
+/// Asks for n tokens that will be read soon; n may be 0 or less.
+LS_INLINE void prefetch(TokenRows x, int64_t n, int64_t channels) {
+  const int64_t bytes = channels * size_of(x.dtype);
+  for (int64_t t = 0; t < n; ++t) {
+    const char* row = static_cast<const char*>(x.from(t).data);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
 template <class Dot>
 struct Operand {
   const typename Dot::Element* data;

@@ -1,5 +1,9 @@
 #include "kernels/scratch.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -7,18 +11,25 @@
 
 namespace longspan {
 namespace {
+constexpr size_t kHugePage = size_t(2) << 20;
 std::atomic<int64_t> held{0};
 std::atomic<int64_t> peak{0};
 std::atomic<bool> poison{false};
 }  // namespace
 
 void* scratch_acquire(size_t bytes) {
-  const size_t rounded = (bytes + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, rounded == 0 ? 64 : rounded);
+  // Large pieces ask for huge pages: they are fresh from the system at every call, and a fault for
+  // each 4 KiB took 8 % of a backward.
+  const size_t page = bytes >= 2 * kHugePage ? kHugePage : 64;
+  const size_t rounded = (bytes + page - 1) / page * page;
+  void* p = std::aligned_alloc(page, rounded == 0 ? page : rounded);
   if (p == nullptr) {
     std::fprintf(stderr, "longspan: no memory for %zu bytes of scratch\n", bytes);
     std::abort();
   }
+#if defined(__linux__)
+  if (page == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
+#endif
   if (poison.load(std::memory_order_relaxed)) std::memset(p, 0xff, rounded);
   const int64_t now = held.fetch_add(int64_t(bytes)) + int64_t(bytes);
   int64_t seen = peak.load();

@@ -24,6 +24,8 @@ struct SoftmaxState {
 };
 
 #if defined(LONGSPAN_BF16_DOT)
+typedef uint16_t Half32 __attribute__((vector_size(64)));
+
 /// Vector i of an array of bfloat16 that is kept as pairs.
 LS_INLINE void store_bf16(uint32_t* array, int64_t at, Vec<float> x) {
   const __m256i h = __m256i(_mm512_cvtneps_pbh(__m512(x)));
@@ -32,10 +34,11 @@ LS_INLINE void store_bf16(uint32_t* array, int64_t at, Vec<float> x) {
 
 /// (lower, upper) of each lane rounded to bfloat16, lower in the lower half.
 LS_INLINE Vec<uint32_t> bf16_pair(Vec<float> lower, Vec<float> upper) {
-  const __m256i low = __m256i(_mm512_cvtneps_pbh(__m512(lower)));
-  const __m256i high = __m256i(_mm512_cvtneps_pbh(__m512(upper)));
-  return Vec<uint32_t>(_mm512_cvtepu16_epi32(low)) |
-         (Vec<uint32_t>(_mm512_cvtepu16_epi32(high)) << 16);
+  // The instruction puts the 16 of `lower` before the 16 of `upper`; this order deals them out.
+  static constexpr Half32 kDeal = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(upper), __m512(lower)));
+  return Vec<uint32_t>(_mm512_permutexvar_epi16(__m512i(kDeal), both));
 }
 #endif
 
@@ -52,6 +55,21 @@ LS_INLINE void store_key_pair(typename Dot::Element* rows, int64_t key, Vec<type
   }
 }
 
+/// The greatest of a column of `keys` vectors. Four at a time: one chain would wait for each maximum.
+template <class T>
+LS_INLINE Vec<T> column_maximum(const T* scores, int64_t keys) {
+  Vec<T> greatest[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) greatest[j] = broadcast(-kInfinity<T>);
+  int64_t k = 0;
+  for (; k + 4 <= keys; k += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) greatest[j] = maximum<T>(greatest[j], load(scores + (k + j) * kQueryBlock));
+  }
+  for (; k < keys; ++k) greatest[0] = maximum<T>(greatest[0], load(scores + k * kQueryBlock));
+  return maximum<T>(maximum<T>(greatest[0], greatest[1]), maximum<T>(greatest[2], greatest[3]));
+}
+
 /// One tile: `scores` [keys][kQueryBlock] become probabilities relative to the new maximum, in
 /// `weights` (which may be `scores` where Dot is not Bf16). scores * unit is in log2. With an odd
 /// number of keys, row `keys` of both is written too. q0 and k0 place the tile for dropout; k0 is even.
@@ -62,8 +80,7 @@ void online_softmax(typename Dot::Sum* scores, typename Dot::Element* weights, i
   using T = typename Dot::Sum;
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
-    Vec<T> greatest = broadcast(-kInfinity<T>);
-    for (int64_t k = 0; k < keys; ++k) greatest = maximum<T>(greatest, load(scores + k * kQueryBlock + i));
+    const Vec<T> greatest = column_maximum(scores + i, keys);
     const Vec<T> before = load(state.maximum + i);
     const Vec<T> now = maximum<T>(before, greatest * unit);
     // A query that has seen nothing yet: any finite reference gives it weights of 2^-infinity.

@@ -7,8 +7,10 @@ namespace longspan::LONGSPAN_ISA {
 
 extern const KernelTable table;
 const KernelTable table = {
-    LONGSPAN_QUOTE(LONGSPAN_ISA), attention_forward, attention_backward, attention_mask_backward,
-    attention_decode,
+    LONGSPAN_QUOTE(LONGSPAN_ISA),
+#define LONGSPAN_ENTRY(kernel) kernel,
+    LONGSPAN_EACH_KERNEL(LONGSPAN_ENTRY)
+#undef LONGSPAN_ENTRY
 };
 
 }  // namespace longspan::LONGSPAN_ISA

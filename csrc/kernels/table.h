@@ -1,16 +1,25 @@
 // The kernels of one instruction set, and the choice among those that this processor has.
+//
+// A family's header declares its functions; a line here puts one into the table, and callers write
+// kernels().attention_forward(params). Each instruction set defines the functions in its namespace.
 #pragma once
 
 #include "kernels/attention.h"
+
+#define LONGSPAN_EACH_KERNEL(X) \
+  X(attention_forward)          \
+  X(attention_backward)         \
+  X(attention_mask_backward)    \
+  X(attention_append)           \
+  X(attention_decode)
 
 namespace longspan {
 
 struct KernelTable {
   const char* name;
-  decltype(&longspan::attention_forward) attention_forward;
-  decltype(&longspan::attention_backward) attention_backward;
-  decltype(&longspan::attention_mask_backward) attention_mask_backward;
-  decltype(&longspan::attention_decode) attention_decode;
+#define LONGSPAN_MEMBER(kernel) decltype(&longspan::kernel) kernel;
+  LONGSPAN_EACH_KERNEL(LONGSPAN_MEMBER)
+#undef LONGSPAN_MEMBER
 };
 
 /// In use: the best that was built and that the processor runs, unless LONGSPAN_ISA or
@@ -25,11 +34,9 @@ bool use_kernels(const char* name);
 
 #if defined(LONGSPAN_ISA)
 namespace LONGSPAN_ISA {
-void attention_forward(const AttentionParams&);
-void attention_backward(const AttentionParams&, const AttentionGradients&);
-void attention_mask_backward(const AttentionParams&, const AttentionGradients&,
-                             const AttentionMask& d_mask);
-void attention_decode(const AttentionParams&, const AttentionCache&);
+#define LONGSPAN_DECLARE(kernel) decltype(longspan::kernel) kernel;
+LONGSPAN_EACH_KERNEL(LONGSPAN_DECLARE)
+#undef LONGSPAN_DECLARE
 }  // namespace LONGSPAN_ISA
 #endif
 

@@ -62,8 +62,8 @@ struct DotBf16 {
 
 // 512-bit and NEON machines have 32 vector registers, the others 16: sums, one row of B, one scalar.
 #if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kTileRows = 8;
-inline constexpr int kTileColumns = 2;
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileColumns = 4;
 #else
 inline constexpr int kTileRows = 4;
 inline constexpr int kTileColumns = 2;

@@ -21,7 +21,7 @@ if _version(_torch.__version__) < (2, 10):
     raise ImportError(f"longspan needs torch 2.10 or later; this is torch {_torch.__version__}")
 
 try:
-    from longspan import _C
+    from . import _C as _C
 except ImportError as error:
     raise ImportError(
         "longspan's compiled extension is missing or does not load here "
@@ -35,7 +35,7 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan.ops.attention import (
+from longspan.ops.attention import (  # noqa: E402  (after the checks above)
     attention,
     attention_decode,
     attention_varlen,

@@ -9,6 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+# An ordinary Function hands itself to functorch (torch.func.grad, vmap) first. At the dispatcher's
+# autograd key functorch is already through, one level a call, so the base is the plain one.
+OperatorFunction: Any = _SingleLevelFunction
 
 _library = torch.library.Library("longspan", "IMPL")
 
@@ -25,24 +32,53 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def wants_gradient(args: tuple[Any, ...]) -> bool:
-    """Whether autograd must record a call with these arguments."""
+    """Whether autograd must record a call with these arguments.
+
+    Inside forward-mode differentiation always: an `OperatorFunction` has no jvp, and says so.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(
         isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
     )
 
 
-def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+def register_autograd(name: str, function: Any) -> None:
     """Make ``function`` the derivative of ``longspan::name``; its forward calls `below_autograd`."""
     op = overload(name)
 
     def kernel(*args: Any) -> Any:
-        return function.apply(*args) if wants_gradient(args) else below_autograd(op, *args)
+        if not wants_gradient(args):
+            return below_autograd(op, *args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        return function.apply(*args)
 
     _library.impl(name, kernel, "Autograd")
 
 
+def register_once_differentiable(name: str) -> None:
+    """Let ``longspan::name``, a backward, be called while a graph is kept; a second derivative raises.
+
+    torch.func.grad always keeps a graph, so the call itself must not raise.
+    """
+    op = overload(name)
+
+    class Once(OperatorFunction):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return below_autograd(op, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(f"longspan.{name}: this operator has no second derivative")
+
+    register_autograd(name, Once)
+
+
 def register_not_differentiable(name: str, why: str) -> None:
-    """Make ``longspan::name`` raise where its gradient would be wanted."""
+    """Make ``longspan::name``, which writes in place, raise where its gradient would be wanted."""
     op = overload(name)
 
     def kernel(*args: Any) -> Any:

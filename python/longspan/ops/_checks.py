@@ -15,8 +15,10 @@ def check_tensor(function: str, name: str, x: object) -> None:
         raise TypeError(f"{function}: {name}: expected a tensor, got {type(x).__name__}")
 
 
-def check_floating(function: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless the dtype is one that kernels have."""
+def check_floating(function: str, name: str, x: object) -> None:
+    """Raise TypeError unless ``x`` is a tensor of a dtype that kernels have."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
     if x.dtype not in FLOATING:
         raise TypeError(
             f"{function}: {name}: expected float32, float64, bfloat16 or float16, got {x.dtype}"
@@ -39,9 +41,7 @@ def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None]
         want is not None and got != want for got, want in zip(x.shape, shape)
     ):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(
-            f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}")
 
 
 def check_integers(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
@@ -59,12 +59,17 @@ def check_between(function: str, name: str, x: float, low: float, high: float) -
         raise ValueError(f"{function}: {name}: expected {low} <= {name} < {high}, got {x}")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for this tensor's device."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype what torch's own attention casts; float64 stays as it is."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

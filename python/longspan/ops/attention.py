@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from longspan.ops._autograd import (
+    OperatorFunction,
     below_autograd,
     overload,
     register_autograd,
     register_not_differentiable,
+    register_once_differentiable,
 )
 from longspan.ops._checks import (
     autocast,
+    autocasts,
     check_between,
     check_floating,
     check_integers,
@@ -137,7 +140,7 @@ def attention_varlen(
         out (total_q, H, D_v); with ``return_lse`` also lse (H, total_q). Rows of no sequence are 0.
 
     Raises:
-        TypeError, ValueError: As `attention`; also where ``cu_seqlens`` decrease or leave the rows.
+        TypeError, ValueError: As `attention`. RuntimeError: ``cu_seqlens`` decrease or leave the rows.
 
     Example::
 
@@ -152,7 +155,9 @@ def attention_varlen(
     check_integers(name, "cu_seqlens_q", cu_seqlens_q, (None,), "(batch + 1,)")
     check_integers(name, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
     if cu_seqlens_q.shape[0] < 2:
-        raise ValueError(f"{name}: cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}")
+        raise ValueError(
+            f"{name}: cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}"
+        )
     q, k, v = _check_heads(name, *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)))
     out, lse = _attend(
         name, q, k, v, None, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, None,
@@ -233,6 +238,11 @@ def attention_decode(
     kv_heads = k_cache.shape[heads_at]
     check_shape(name, "k_cache", k_cache, (None, None, None, d), "q's channels last")
     check_shape(name, "v_cache", v_cache, (*k_cache.shape[:3], None), "k_cache's shape but for channels")
+    for label, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"{name}: {label}: expected a last stride of 1, for it is written in place, got {x.stride(3)}"
+            )
     _check_group(name, h, kv_heads)
     check_integers(name, "cache_seqlens", cache_seqlens, (b,), "(batch,)")
     for label, index in (("cache_starts", cache_starts), ("cache_batch_idx", cache_batch_idx)):
@@ -249,17 +259,23 @@ def attention_decode(
     if k_new is not None and v_new is not None:
         check_like(name, "k_new", k_new, "q", q)
         check_like(name, "v_new", v_new, "q", q)
-        check_shape(name, "k_new", k_new, (b, kv_heads, None, d), "(batch, kv_heads, new tokens, channels)")
+        check_shape(
+            name, "k_new", k_new, (b, kv_heads, None, d), "(batch, kv_heads, new tokens, channels)"
+        )
         check_shape(
             name, "v_new", v_new, (*k_new.shape[:3], v_cache.shape[3]), "k_new's shape but for channels"
         )
     if (cos is None) != (sin is None):
         raise ValueError(f"{name}: cos and sin: expected both or neither")
     if cos is not None and sin is not None:
+        check_floating(name, "cos", cos)
+        check_floating(name, "sin", sin)
         check_shape(name, "cos", cos, (None, None), "(positions, rotary channels)")
         check_shape(name, "sin", sin, cos.shape, "cos's shape")
         if cos.shape[1] > d or cos.shape[1] % 2:
-            raise ValueError(f"{name}: cos: expected an even number of channels up to {d}, got {cos.shape[1]}")
+            raise ValueError(
+                f"{name}: cos: expected an even number of channels up to {d}, got {cos.shape[1]}"
+            )
         if cos.dtype != sin.dtype or (cos.dtype == torch.float64) != (q.dtype == torch.float64):
             raise TypeError(
                 f"{name}: cos and sin: expected one dtype, float64 with float64 and only then, "
@@ -310,11 +326,13 @@ def merge_attention(
     """
     name = "merge_attention"
     if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"{name}: expected as many outs as lses and at least one, got {len(outs)} and {len(lses)}")
+        raise ValueError(
+            f"{name}: expected as many outs as lses and at least one, got {len(outs)} and {len(lses)}"
+        )
     for i, (part, part_lse) in enumerate(zip(outs, lses)):
-        check_tensor(name, f"outs[{i}]", part)
         check_floating(name, f"outs[{i}]", part)
         check_shape(name, f"outs[{i}]", part, outs[0].shape, "the shape of outs[0]")
+        check_floating(name, f"lses[{i}]", part_lse)
         check_shape(name, f"lses[{i}]", part_lse, part.shape[:-1], "its part's shape but for channels")
     lse = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
     out = outs if isinstance(outs, Tensor) else torch.stack(tuple(outs))
@@ -335,8 +353,11 @@ def merge_attention(
 
 
 def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_tensor(name, "q", q)
     check_floating(name, "q", q)
+    if autocasts(q):
+        check_floating(name, "k", k)
+        check_floating(name, "v", v)
+        q, k, v = autocast(q, k, v)
     q_shape = q.shape
     if len(q_shape) != 4:
         check_shape(name, "q", q, (None,) * 4, "(batch, heads, tokens, channels)")
@@ -345,18 +366,23 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     k_shape, v_shape = k.shape, v.shape
     if len(k_shape) != 4 or k_shape[0] != q_shape[0] or k_shape[3] != q_shape[3]:
         check_shape(
-            name, "k", k, (q_shape[0], None, None, q_shape[3]), "(batch, kv_heads, keys, channels) as q has them"
+            name,
+            "k",
+            k,
+            (q_shape[0], None, None, q_shape[3]),
+            "(batch, kv_heads, keys, channels) as q has them",
         )
     if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
     _check_group(name, q_shape[1], k_shape[1])
-    q, k, v = autocast(q, k, v)
     return q, k, v
 
 
 def _check_group(name: str, heads: int, kv_heads: int) -> None:
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}")
+        raise ValueError(
+            f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
+        )
 
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -364,7 +390,7 @@ def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if mask.dtype != torch.bool and mask.dtype != q.dtype:
         if mask.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16):
             pass
-        elif torch.is_autocast_enabled(q.device.type) and mask.is_floating_point():
+        elif autocasts(q) and mask.is_floating_point():
             mask = mask.float()
         else:
             raise TypeError(
@@ -372,7 +398,9 @@ def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
             )
     full = (*q.shape[:3], k.shape[2])
     if mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1])):
-        raise ValueError(f"{name}: attn_mask: expected what broadcasts to {full}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name}: attn_mask: expected what broadcasts to {full}, got {tuple(mask.shape)}"
+        )
     return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
 
 
@@ -398,11 +426,9 @@ def _check_options(
         raise ValueError(f"{name}: softcap: expected 0 (off) or more, got {softcap}")
     check_between(name, "dropout_p", dropout_p, 0.0, 1.0)
     if sinks is not None:
-        check_tensor(name, "sinks", sinks)
         check_floating(name, "sinks", sinks)
         check_shape(name, "sinks", sinks, (heads,), "(heads,)")
     if alibi_slopes is not None:
-        check_tensor(name, "alibi_slopes", alibi_slopes)
         check_floating(name, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() == 2:
             check_shape(name, "alibi_slopes", alibi_slopes, (batch, heads), "(heads,) or (batch, heads)")
@@ -440,10 +466,10 @@ def _attend(
             q, k, v, attn_mask, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, key_ranges, seed,
             left, right, sink_tokens, scale, softcap, dropout_p,
         )  # fmt: skip
-    options: dict[str, Any] = dict(
-        window=(left, right), sink_tokens=sink_tokens, sinks=sinks, scale=scale, softcap=softcap,
-        dropout_p=dropout_p, dropout_seed=seed,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "window": (left, right), "sink_tokens": sink_tokens, "sinks": sinks, "scale": scale,
+        "softcap": softcap, "dropout_p": dropout_p, "dropout_seed": seed,
+    }  # fmt: skip
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return reference.attention(
             q, k, v, attn_mask, alibi_slopes=alibi_slopes, key_ranges=key_ranges, **options
@@ -453,7 +479,9 @@ def _attend(
     for b in range(batch):
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
         keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
-        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
         part, part_lse = reference.attention(
             q[:, :, rows], k[:, :, keys], v[:, :, keys], alibi_slopes=slopes, **options
         )
@@ -507,19 +535,17 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, 
 # ---- autograd
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(OperatorFunction):
     """longspan::attention_forward with its derivative."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(_forward, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, sinks, slopes, cu_q, cu_k, ranges, seed, *scalars = inputs
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(_forward, *args)
+        q, k, v, mask, sinks, slopes, cu_q, cu_k, ranges, seed, *scalars = args
         ctx.save_for_backward(q, k, v, *output, mask, sinks, slopes, cu_q, cu_k, ranges, seed)
         ctx.scalars = scalars
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -537,6 +563,6 @@ class _Attention(torch.autograd.Function):
 
 
 register_autograd("attention_forward", _Attention)
-for _name in ("attention_backward", "attention_mask_backward"):
-    register_not_differentiable(_name, "attention has no second derivative")
+register_once_differentiable("attention_backward")
+register_once_differentiable("attention_mask_backward")
 register_not_differentiable("attention_decode", "decoding has no gradient; use attention, or no_grad")

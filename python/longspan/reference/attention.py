@@ -98,7 +98,8 @@ def attention(
     if sinks is not None:
         sink = sinks.to(dtype).reshape(1, h, 1, 1).expand(b, h, tokens, 1)
         score = torch.cat([score, sink], dim=-1)
-    greatest = score.detach().amax(-1, keepdim=True) if score.shape[-1] else score.new_zeros(b, h, tokens, 1)
+    floor = score.new_full((b, h, tokens, 1), -math.inf)  # there may be no key at all
+    greatest = torch.cat([score.detach(), floor], dim=-1).amax(-1, keepdim=True)
     greatest = torch.where(greatest == -math.inf, 0, greatest)
     weight = torch.exp(score - greatest)
     total = weight.sum(-1, keepdim=True)
@@ -142,6 +143,7 @@ def attention_decode(
     block_table: Tensor | None = None,
     cache_starts: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
     """-> (out, lse); writes the new keys and values into the caches."""
@@ -173,7 +175,16 @@ def attention_decode(
                 cache[where[0][length - n :], where[1][length - n :]] = rows.transpose(0, 1)
             caches.append(cache[where].transpose(0, 1)[None])
         ranges = torch.tensor([[start, length, length - q.shape[2]]])
-        out, lse = attention(turn(query)[None], *caches, key_ranges=ranges, **options)  # type: ignore[arg-type]
+        slopes = (
+            alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        )
+        out, lse = attention(
+            turn(query)[None],
+            *caches,
+            key_ranges=ranges,
+            alibi_slopes=slopes,
+            **options,  # type: ignore[arg-type]
+        )
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)

@@ -1,0 +1,17 @@
+"""transformers on longspan: `register` makes ``attn_implementation="longspan"`` known.
+
+Example::
+
+    longspan.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longspan")
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError("longspan.hf needs transformers 5: pip install 'longspan[hf]'") from error
+
+from longspan.hf.attention import longspan_attention, register
+from longspan.hf.masks import longspan_mask
+
+__all__ = ["longspan_attention", "longspan_mask", "register"]
