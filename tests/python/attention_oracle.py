@@ -31,7 +31,13 @@ def heads(
 
 
 def expected(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, causal: bool = False, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`longspan.attention` with its log-sum-exp, by the dense reference in the tensors' own dtype."""
     left, right = options.pop("window", (-1, -1))

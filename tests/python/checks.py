@@ -98,11 +98,18 @@ def assert_agree(
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "") -> None:
+def assert_same_bits(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = ""
+) -> None:
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         assert_close(
-            actual[name], want, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name} {what}: {m}"
+            actual[name],
+            want,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name} {what}: {m}",
         )
 
 

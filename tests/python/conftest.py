@@ -1,15 +1,12 @@
 """Fixtures of every test: poisoned memory, instruction sets, seeds, and settings put back."""
 
-import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from checks import random_seed
+
 from longspan import _C
 
 hypothesis.settings.register_profile("longspan", deadline=None, print_blob=True, max_examples=40)
@@ -24,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     seed = config.getoption("--hypothesis-seed")
-    return f"longspan: {', '.join(_C.isa_levels())}; draw these examples again with --hypothesis-seed={seed}"
+    return f"longspan: {', '.join(_C.isa_levels())}; these examples again: --hypothesis-seed={seed}"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +32,10 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """NaN in every new tensor and all scratch: a read of what nobody wrote shows up in the result."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     _C.scratch_set_poison(True)

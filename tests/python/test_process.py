@@ -87,7 +87,8 @@ def test_fork_after_a_call() -> None:
         def call():
             out = longspan.attention(x, x, x, causal=True)
             (d_x,) = torch.autograd.grad(out.sum(), x) if os.getpid() == parent else (None,)
-            step = longspan.attention_decode(x[:, :, :1].detach(), x.detach(), x.detach(), torch.tensor([500]))
+            y = x.detach()
+            step = longspan.attention_decode(y[:, :, :1], y, y, torch.tensor([500]))
             return out.detach(), step
 
         parent = os.getpid()

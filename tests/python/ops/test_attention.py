@@ -168,7 +168,7 @@ def test_mask_dtypes(dtype: torch.dtype, mask_dtype: torch.dtype | None) -> None
 
 @dataclasses.dataclass
 class Call:
-    """Sizes and options of one call; the numbers follow from the seed, so that a failure prints short."""
+    """Sizes and options of one call; numbers follow from the seed, so that a failure prints short."""
 
     seed: int
     batch: int
@@ -198,7 +198,9 @@ class Call:
             tensors["attn_mask"] = mask.double() if self.mask == "add" else mask > -0.5
         options = dict(self.options)
         if self.slopes:
-            options["alibi_slopes"] = torch.rand(*([self.batch] if self.slopes == "per sequence" else []), h)
+            options["alibi_slopes"] = torch.rand(
+                *([self.batch] if self.slopes == "per sequence" else []), h
+            )
         if options.get("key_ranges"):
             options["key_ranges"] = torch.tensor(options["key_ranges"])
         return to(dtype, tensors), options

@@ -202,6 +202,8 @@ def test_other_sequences_of_a_pack(isa: str) -> None:
         found = results(call, dirty)
         others = torch.ones(100, dtype=torch.bool)
         others[begin:end] = False
-        assert_same_bits({n: x[others] for n, x in found.items()}, {n: x[others] for n, x in clean.items()})
+        assert_same_bits(
+            {n: x[others] for n, x in found.items()}, {n: x[others] for n, x in clean.items()}
+        )
         if begin == 90:
             assert_same_bits(found, clean)

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import DTYPES, TOLERANCE, assert_agree, assert_same_bits, assert_threads_change_nothing, greatest_error
+from checks import (
+    DTYPES,
+    TOLERANCE,
+    assert_agree,
+    assert_same_bits,
+    assert_threads_change_nothing,
+    greatest_error,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,13 +33,17 @@ def decode(dtype: torch.dtype, call: dict[str, Any]) -> tuple[dict[str, Tensor],
 
     def run(function: Any, as_dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
         arguments = {
-            name: x.to(dtype).to(as_dtype).clone() if isinstance(x, Tensor) and x.is_floating_point() else x
+            name: x.to(dtype).to(as_dtype).clone()
+            if isinstance(x, Tensor) and x.is_floating_point()
+            else x
             for name, x in call.items()
         }
         out, lse = function(**arguments, **more)
         return {"out": out, "lse": lse, "k": arguments["k_cache"], "v": arguments["v_cache"]}
 
-    def dense(causal: bool = True, window: tuple[int, int] = (-1, -1), scale: float | None = None, **x: Any):
+    def dense(
+        causal: bool = True, window: tuple[int, int] = (-1, -1), scale: float | None = None, **x: Any
+    ):
         return reference.attention.attention_decode(
             **x, window=(window[0], 0 if causal else window[1]),
             scale=x["q"].shape[3] ** -0.5 if scale is None else scale,
@@ -41,7 +52,9 @@ def decode(dtype: torch.dtype, call: dict[str, Any]) -> tuple[dict[str, Tensor],
     return run(longspan.attention_decode, dtype, return_lse=True), run(dense, torch.float64)
 
 
-def caches(b: int, h: int, kv_heads: int, tokens: int, slots: int, size: int, value_size: int) -> dict[str, Any]:
+def caches(
+    b: int, h: int, kv_heads: int, tokens: int, slots: int, size: int, value_size: int
+) -> dict[str, Any]:
     return {
         "q": torch.randn(b, h, tokens, size, dtype=torch.float64),
         "k_cache": torch.randn(b, kv_heads, slots, size, dtype=torch.float64),
@@ -183,7 +196,10 @@ def test_slots_beyond_the_length_and_before_the_start_never_matter(isa: str) -> 
 
 def test_causal_and_window_keep_bad_keys_from_earlier_queries(isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        call = caches(1, 4, 2, 3, 100, 16, 16) | {"cache_seqlens": torch.tensor([100]), "window": (60, -1)}
+        call = caches(1, 4, 2, 3, 100, 16, 16) | {
+            "cache_seqlens": torch.tensor([100]),
+            "window": (60, -1),
+        }
         clean, _ = decode(dtype, call)
         for name in ("k_cache", "v_cache"):
             dirty = call | {name: call[name].clone()}

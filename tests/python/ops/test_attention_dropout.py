@@ -1,4 +1,4 @@
-"""Dropout: which weights fall follows from the seed alone, so everything that replays a seed replays it."""
+"""Dropout: which weights fall follows from the seed alone, so whatever replays a seed replays it."""
 
 import pytest
 import torch
@@ -131,7 +131,9 @@ def test_checkpointing_without_dropout() -> None:
 def test_compile_replays(fresh_compiler: None, backend: str) -> None:
     tensors = {name: x.requires_grad_() for name, x in heads(1, 4, 2, 150, 150, 8).items()}
     call = torch.compile(
-        lambda q, k, v: longspan.attention(q, k, v, causal=True, dropout_p=0.4), fullgraph=True, backend=backend
+        lambda q, k, v: longspan.attention(q, k, v, causal=True, dropout_p=0.4),
+        fullgraph=True,
+        backend=backend,
     )
     first, second = call(**tensors), call(**tensors)
     assert not torch.equal(first, second)

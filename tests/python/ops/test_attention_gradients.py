@@ -115,7 +115,9 @@ def test_what_has_no_gradient_raises() -> None:
     q, k, v = heads(1, 2, 2, 3, 3, 4).values()
     slopes = torch.rand(2, requires_grad=True)
     assert_raises(
-        RuntimeError, ["attention", "alibi_slopes"], lambda: longspan.attention(q, k, v, alibi_slopes=slopes)
+        RuntimeError,
+        ["attention", "alibi_slopes"],
+        lambda: longspan.attention(q, k, v, alibi_slopes=slopes),
     )
     with torch.no_grad():
         longspan.attention(q, k, v, alibi_slopes=slopes)

@@ -1,5 +1,7 @@
 """What must hold of attention whatever the numbers (SPEC section 1, Check; section 0, empty rows)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from attention_oracle import actual, expected, heads, plain
@@ -58,7 +60,7 @@ def test_merged_parts_are_the_whole(dtype: torch.dtype, cuts: list[int]) -> None
 
     def in_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         bounds = [0, *cuts, 150]
-        parts = [actual(q, k[:, :, a:b], v[:, :, a:b]) for a, b in zip(bounds, bounds[1:])]
+        parts = [actual(q, k[:, :, a:b], v[:, :, a:b]) for a, b in pairwise(bounds)]
         return longspan.merge_attention([out for out, _ in parts], [lse for _, lse in parts])
 
     assert_agree(results(in_parts, tensors), results(actual, tensors))
@@ -77,7 +79,7 @@ def test_merging_with_sinks_in_one_part() -> None:
 
 
 def test_merging_empty_parts() -> None:
-    """A part without keys is the identity, even if its output is NaN; nothing but such parts is empty."""
+    """A part without keys is the identity, even with a NaN output; nothing but such parts is empty."""
     out, lse = torch.randn(2, 3, 4), torch.randn(2, 3)
     nothing = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
     merged = longspan.merge_attention([nothing[0], out, nothing[0]], [nothing[1], lse, nothing[1]])
@@ -155,7 +157,9 @@ def test_a_sink_alone() -> None:
     assert_close(found["d sinks"], grid(1, 2, 6, seed=1).sum((0, 2)))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 6, 8), (1, 2, 1, 0, 6, 8), (1, 2, 1, 0, 0, 8), (0, 0, 1, 0, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 1, 5, 6, 8), (1, 2, 1, 0, 6, 8), (1, 2, 1, 0, 0, 8), (0, 0, 1, 0, 0, 8)]
+)
 def test_empty_tensors(shape: tuple[int, ...]) -> None:
     tensors = heads(*shape)
     tensors["sinks"] = torch.randn(shape[1], dtype=torch.float64)

@@ -85,7 +85,9 @@ def test_outputs_and_what_is_saved_are_linear() -> None:
 @pytest.mark.slow
 def test_131072_tokens_of_one_head() -> None:
     tokens = 131072
-    tensors = {n: x.requires_grad_() for n, x in heads(1, 1, 1, tokens, tokens, 16, dtype=torch.float32).items()}
+    tensors = {
+        n: x.requires_grad_() for n, x in heads(1, 1, 1, tokens, tokens, 16, dtype=torch.float32).items()
+    }
     _C.scratch_reset_peak()
     before = _C.scratch_peak()
     out = longspan.attention(**tensors, causal=True)

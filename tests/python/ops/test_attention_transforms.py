@@ -115,13 +115,19 @@ def test_compiles_decoding_that_writes_in_place(fresh_compiler: None, backend: s
 
 
 class Module(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return call_all(q, k, v, mask, sinks)
 
 
 def test_exports_with_dynamic_lengths() -> None:
     def inputs(tokens: int, keys: int) -> tuple[Tensor, ...]:
-        return (*heads(2, 4, 2, tokens, keys, 16).values(), torch.randn(tokens, keys).double(), torch.randn(4).double())
+        return (
+            *heads(2, 4, 2, tokens, keys, 16).values(),
+            torch.randn(tokens, keys).double(),
+            torch.randn(4).double(),
+        )
 
     t, s = torch.export.Dim("t", min=2), torch.export.Dim("s", min=2)
     shapes = ({2: t}, {2: s}, {2: s}, {0: t, 1: s}, {})
@@ -157,7 +163,9 @@ def test_autocast(dtype: torch.dtype) -> None:
     """q, k and v are cast as for torch's own attention; sinks and masks are not; float64 stays."""
     tensors = {n: x.float() for n, x in heads(1, 2, 1, 20, 20, 16).items()}
     sinks, mask = torch.randn(2), torch.randn(20, 20)
-    leaves = {n: x.clone().requires_grad_() for n, x in (tensors | {"sinks": sinks, "attn_mask": mask}).items()}
+    leaves = {
+        n: x.clone().requires_grad_() for n, x in (tensors | {"sinks": sinks, "attn_mask": mask}).items()
+    }
     with torch.autocast("cpu", dtype):
         out, lse = actual(**leaves, causal=True)
         x = tensors["q"][0].transpose(0, 1)
@@ -192,7 +200,9 @@ def test_vmap_is_a_loop() -> None:
         parts = [call(*row) for row in zip(*x.values())]
         return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 
-    assert_agree(results(lambda q, k, v: torch.func.vmap(call)(q, k, v), tensors), results(loop, tensors))
+    assert_agree(
+        results(lambda q, k, v: torch.func.vmap(call)(q, k, v), tensors), results(loop, tensors)
+    )
 
 
 def test_vmap_over_one_argument() -> None:

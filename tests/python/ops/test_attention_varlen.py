@@ -34,7 +34,10 @@ def one_by_one(
 ) -> tuple[Tensor, Tensor]:
     """Rows of no sequence are 0, their log-sum-exp -infinity."""
     slopes = options.pop("alibi_slopes", None)
-    outs, lses = [q.new_zeros(cu_q[0], q.shape[1], v.shape[2])], [q.new_full((q.shape[1], cu_q[0]), -torch.inf)]
+    outs, lses = (
+        [q.new_zeros(cu_q[0], q.shape[1], v.shape[2])],
+        [q.new_full((q.shape[1], cu_q[0]), -torch.inf)],
+    )
     for b in range(len(cu_q) - 1):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         part, lse = longspan.attention(
@@ -88,7 +91,12 @@ def test_is_a_loop_over_sequences(isa: str, name: str, integer: torch.dtype, dty
     st.booleans(),
 )
 def test_any_pack(
-    sizes: list[tuple[int, int]], causal: bool, left: int, softcap: float, sink_tokens: int, per_sequence: bool
+    sizes: list[tuple[int, int]],
+    causal: bool,
+    left: int,
+    softcap: float,
+    sink_tokens: int,
+    per_sequence: bool,
 ) -> None:
     cu_q, cu_k = torch.zeros(2, len(sizes) + 1, dtype=torch.int64)
     cu_q[1:], cu_k[1:] = torch.tensor(sizes).cumsum(0).unbind(1)
@@ -138,7 +146,9 @@ def test_strided_offsets() -> None:
     tensors = packed(90, 90, 2, 1, 8)
     cu = torch.tensor([0, 30, 90])
     strided = torch.stack([cu, cu + 5], 1)[:, 0]
-    expected = results(lambda **x: longspan.attention_varlen(**x, cu_seqlens_q=cu, cu_seqlens_k=cu), tensors)
+    expected = results(
+        lambda **x: longspan.attention_varlen(**x, cu_seqlens_q=cu, cu_seqlens_k=cu), tensors
+    )
     found = results(
         lambda **x: longspan.attention_varlen(**x, cu_seqlens_q=strided, cu_seqlens_k=strided), tensors
     )
