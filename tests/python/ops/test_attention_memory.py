@@ -34,15 +34,15 @@ def peaks(tokens: int, h: int, kv_heads: int, dtype: torch.dtype, name: str) -> 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("h", "kv_heads"), [(1, 1), (4, 1), (4, 4)])
+@pytest.mark.parametrize(("h", "kv_heads"), [(1, 1), (2, 1), (2, 2)])
 def test_scratch_is_linear_in_the_length(h: int, kv_heads: int, dtype: torch.dtype, name: str) -> None:
-    """The same for every thousand tokens more; of a score matrix, each would take more than the last."""
-    a, b, c = (peaks(n, h, kv_heads, dtype, name) for n in (2048, 3072, 4096))
+    """As much again for as many tokens more; a score matrix would take more each time."""
+    a, b, c = (peaks(n, h, kv_heads, dtype, name) for n in (2048, 5120, 8192))
     for i in range(2):
         assert c[i] > 0
         assert abs((c[i] - b[i]) - (b[i] - a[i])) <= 0.01 * c[i]
     # Of dQ, at most 16 parts: one for each share of the keys.
-    assert c[1] <= 16 * (4 * h * 4096 * 8 * 4)
+    assert c[1] <= 16 * (4 * h * 8192 * 8 * 4)
 
 
 def test_scratch_of_decoding_is_constant() -> None:
