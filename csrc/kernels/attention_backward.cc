@@ -181,8 +181,9 @@ class Backward {
   }
 
   /// The keys `seen` of the block that begins at block_begin, against one block of queries.
-  void tile(const ScoreRules<T>& rules, const Place& at, Operand<Dot> kc, Operand<Dot> vc, Operand<Dot> kt,
-            bool keys_finite, int64_t block_begin, Interval seen, T* dq, const Workspace& w) const {
+  void tile(const ScoreRules<T>& rules, const Place& at, Operand<Dot> kc, Operand<Dot> vc,
+            Operand<Dot> kt, bool keys_finite, int64_t block_begin, Interval seen, T* dq,
+            const Workspace& w) const {
     const int64_t k0 = seen.begin, k1 = seen.end, skip = k0 - block_begin;
     kc.data += skip * kc.stride;
     vc.data += skip * vc.stride;
@@ -207,10 +208,15 @@ class Backward {
     constexpr int64_t row = kQueryBlock / Dot::kDepth;
     const int64_t depth = ceil_div(queries, Dot::kDepth);
     const Operand<Dot> d_out = gradient_.d_out_by_token(r, at), q = gradient_.q_by_token(r, at);
-    const Product<Dot> dv{weights, row, 1, d_out.data, d_out.stride,
-                          w.dv + skip * gradient_.value_width, gradient_.value_width};
-    const Product<Dot> dk{d_scores, row, 1, q.data, q.stride,
-                          w.dk + skip * gradient_.width, gradient_.width};
+    const Product<Dot> dv{weights,
+                          row,
+                          1,
+                          d_out.data,
+                          d_out.stride,
+                          w.dv + skip * gradient_.value_width,
+                          gradient_.value_width};
+    const Product<Dot> dk{d_scores,       row, 1, q.data, q.stride, w.dk + skip * gradient_.width,
+                          gradient_.width};
     if (guard_keys) {
       dv.template run_as<Start::kAccumulate, true, true>(keys, gradient_.value_width, depth);
       dk.template run_as<Start::kAccumulate, true, true>(keys, gradient_.width, depth);

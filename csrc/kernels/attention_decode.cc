@@ -27,8 +27,8 @@ LS_INLINE int64_t first_key(const AttentionCache& c, int64_t b) {
 }
 
 /// A slot of one head of a sequence's cache.
-LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c, const AttentionTensor& x,
-                              int64_t b, int64_t kv_head, int64_t slot) {
+LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c,
+                              const AttentionTensor& x, int64_t b, int64_t kv_head, int64_t slot) {
   if (c.block_table) {
     return rows_of(x, p.dtype, c.block_table[b * c.pages + slot / c.page], kv_head, slot % c.page);
   }
@@ -275,13 +275,16 @@ class Decode {
 
 /// Copies a row, rotated by its position where cos is given.
 template <class T>
-void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int64_t position, void* out) {
+void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int64_t position,
+            void* out) {
   if (!c.cos) {
     __builtin_memcpy(out, in.data, size_t(p.channels * size_of(p.dtype)));
     return;
   }
   const int64_t half = c.rotary_channels / 2;
-  const auto one = [](const void* data, Dtype dtype, int64_t at) { return load_as<T>(data, dtype, at, 1)[0]; };
+  const auto one = [](const void* data, Dtype dtype, int64_t at) {
+    return load_as<T>(data, dtype, at, 1)[0];
+  };
   for (int64_t i = 0; i < half; ++i) {
     const int64_t first = c.interleaved ? 2 * i : i, second = c.interleaved ? 2 * i + 1 : i + half;
     const T a = one(in.data, p.dtype, first), b = one(in.data, p.dtype, second);
@@ -291,21 +294,24 @@ void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int
     store_as<T>(out, p.dtype, second, broadcast(b * cos + a * sin), 1);
   }
   const int64_t size = size_of(p.dtype), done = 2 * half;
-  __builtin_memcpy(static_cast<char*>(out) + done * size, static_cast<const char*>(in.data) + done * size,
-                   size_t((p.channels - done) * size));
+  __builtin_memcpy(static_cast<char*>(out) + done * size,
+                   static_cast<const char*>(in.data) + done * size, size_t((p.channels - done) * size));
 }
 
 template <class T>
 void append(const AttentionParams& p, const AttentionCache& c) {
   const auto write = [](TokenRows x) { return const_cast<void*>(x.data); };
-  const auto position = [&](int64_t b, int64_t slot) { return max_of<int64_t>(0, slot - first_key(c, b)); };
+  const auto position = [&](int64_t b, int64_t slot) {
+    return max_of<int64_t>(0, slot - first_key(c, b));
+  };
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t t = 0; t < c.new_tokens; ++t) {
         const int64_t slot = c.lengths[b] - c.new_tokens + t;
         rotate<T>(p, c, rows_of(c.k_new, p.dtype, b, h, t), position(b, slot),
                   write(cache_row(p, c, p.k, b, h, slot)));
-        __builtin_memcpy(write(cache_row(p, c, p.v, b, h, slot)), rows_of(c.v_new, p.dtype, b, h, t).data,
+        __builtin_memcpy(write(cache_row(p, c, p.v, b, h, slot)),
+                         rows_of(c.v_new, p.dtype, b, h, t).data,
                          size_t(p.value_channels * size_of(p.dtype)));
       }
     }

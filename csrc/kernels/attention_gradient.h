@@ -142,7 +142,8 @@ class AttentionGradient {
       Vec<T> sum = {};
       for (int64_t c = 0; c < p_.value_channels; c += kLanes<T>) {
         const int64_t n = p_.value_channels - c;
-        sum += load_as<T>(out.from(i).data, p_.dtype, c, n) * load_as<T>(d_out.from(i).data, p_.dtype, c, n);
+        sum += load_as<T>(out.from(i).data, p_.dtype, c, n) *
+               load_as<T>(d_out.from(i).data, p_.dtype, c, n);
       }
       r.delta[i] = sum_of_lanes<T>(sum) - (d_lse ? d_lse[i] : T(0));
       const bool empty = lse[i] == -kInfinity<T>;

@@ -9,8 +9,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import longspan
 import pytest
+
+import longspan
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(longspan.__file__).parent
