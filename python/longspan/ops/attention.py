@@ -241,7 +241,8 @@ def attention_decode(
     for label, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(
-                f"{name}: {label}: expected a last stride of 1, for it is written in place, got {x.stride(3)}"
+                f"{name}: {label}: expected a last stride of 1, for it is written in place, "
+                f"got {x.stride(3)}"
             )
     _check_group(name, h, kv_heads)
     check_integers(name, "cache_seqlens", cache_seqlens, (b,), "(batch,)")
