@@ -203,8 +203,10 @@ class Backward {
     const ConvTensor& dx = g_.dx;
     if constexpr (Tiles::kAlongTime) {
       const int64_t at = b.batch * dx.batch + channel * dx.channel + b.t0;
+      const Dtype dtype = p_.dtype;
+      void* data = dx.data;
       for (int64_t i = 0; i < b.n; i += L) {
-        store_as<T>(dx.data, p_.dtype, at + i, load(w.dx + past + i), b.n - i);
+        store_as<T>(data, dtype, at + i, load(w.dx + past + i), b.n - i);
       }
     } else {
       for (int64_t i = 0; i < b.n; ++i) {

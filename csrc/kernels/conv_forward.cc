@@ -64,11 +64,17 @@ class Forward {
   }
 
   LS_INLINE void run_row(const Workspace& w, int64_t i, int64_t n, int64_t out) const {
+    // Copies: stores might change the parameters, for all that the compiler knows.
     const IntOf<T>* sequences = p_.seq_idx ? w.sequences : nullptr;
+    const T *tile = w.tile, *weights = w.weights;
+    const Dtype dtype = p_.dtype;
+    const bool silu = p_.silu;
+    void* data = p_.out.data;
+    const int64_t at = tiles_.past + i;
     for (int64_t lane = 0; lane < n; lane += L) {
-      Vec<T> y = tiles_.template convolve<kWidth>(w.tile, w.weights, sequences, tiles_.past + i, lane);
-      if (p_.silu) y *= sigmoid<T>(y);
-      store_as<T>(p_.out.data, p_.dtype, out + lane, y, n - lane);
+      Vec<T> y = tiles_.template convolve<kWidth>(tile, weights, sequences, at, lane);
+      if (silu) y *= sigmoid<T>(y);
+      store_as<T>(data, dtype, out + lane, y, n - lane);
     }
   }
 

@@ -69,6 +69,7 @@ struct ConvTiles {
   void load_tile(const ConvTensor& x, const void* before, const ConvBlock& b, int64_t channel,
                  T* tile) const {
     const int64_t begin = b.t0 - past, end = min_of(p.length, b.t0 + b.n + past);
+    const Dtype dtype = p.dtype;  // a copy: stores might change p, for all that the compiler knows
     for (int64_t t = begin; t < 0; ++t) {
       for (int64_t c = 0; c < (kAlongTime ? 1 : b.channels); ++c) {
         const int64_t row = b.batch * p.channels + (kAlongTime ? channel : b.c0 + c);
@@ -81,14 +82,15 @@ struct ConvTiles {
       const int64_t at = b.batch * x.batch + channel * x.channel + first;
       T* out = tile + first - begin;
       int64_t i = 0;
-      for (; i < end - first; i += L) store(out + i, load_as<T>(x.data, p.dtype, at + i, end - first - i));
+      for (; i + L <= end - first; i += L) store(out + i, load_as<T>(x.data, dtype, at + i));
+      for (; i < end - first; i += L) store(out + i, load_as<T>(x.data, dtype, at + i, end - first - i));
       for (T* rest = out + max_of<int64_t>(i, 0); rest < tile + tile_size; ++rest) *rest = T(0);
     } else {
       for (int64_t t = first; t < b.t0 + b.n + past; ++t) {
         const int64_t at = b.batch * x.batch + t * x.time + b.c0;
         T* row = tile + (t - begin) * kRow;
         for (int64_t c = 0; c < b.channels; c += L) {
-          store(row + c, t < end ? load_as<T>(x.data, p.dtype, at + c, b.channels - c) : Vec<T>{});
+          store(row + c, t < end ? load_as<T>(x.data, dtype, at + c, b.channels - c) : Vec<T>{});
         }
       }
     }
@@ -155,10 +157,5 @@ struct ConvTiles {
     return sum;
   }
 };
-
-template <class T>
-LS_INLINE Vec<T> sigmoid(Vec<T> x) {
-  return T(1) / (T(1) + exp<T>(-x));
-}
 
 }  // namespace longspan::LONGSPAN_ISA

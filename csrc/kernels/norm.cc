@@ -77,7 +77,6 @@ class Norm {
     const T* p = static_cast<const T*>(data) + c;
     return n >= L ? load(p) : load_first(p, n);
   }
-  static LS_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp<T>(-x)); }
   LS_INLINE bool gates_first() const { return p_.z.data && !p_.norm_before_gate; }
 
   void forward_row(int64_t row, T* v) const {
@@ -89,7 +88,7 @@ class Norm {
         Vec<T> x = get(p_.x, row, c, end - c);
         if (gates_first()) {
           const Vec<T> z = get(p_.z, row, c, end - c);
-          x *= z * sigmoid(z);
+          x *= z * sigmoid<T>(z);
         }
         store(v + c, x);
         squares += x * x;
@@ -101,7 +100,7 @@ class Norm {
         if (p_.bias) y += parameter(p_.bias, c, end - c);
         if (p_.z.data && p_.norm_before_gate) {
           const Vec<T> z = get(p_.z, row, c, end - c);
-          y *= z * sigmoid(z);
+          y *= z * sigmoid<T>(z);
         }
         put(p_.out, row, c, y, end - c);
       }
@@ -120,11 +119,11 @@ class Norm {
         Vec<T> v = get(p_.x, row, c, n), dy = get(g.d_out, row, c, n);
         if (gates_first()) {
           const Vec<T> z = get(p_.z, row, c, n);
-          v *= z * sigmoid(z);
+          v *= z * sigmoid<T>(z);
         }
         v *= rstd[k];
         if (p_.z.data && p_.norm_before_gate) {
-          const Vec<T> z = get(p_.z, row, c, n), s = sigmoid(z);
+          const Vec<T> z = get(p_.z, row, c, n), s = sigmoid<T>(z);
           Vec<T> y = v * weight;
           if (p_.bias) y += parameter(p_.bias, c, n);
           put(g.dz, row, c, dy * y * s * (T(1) + z * (T(1) - s)), n);
@@ -143,7 +142,7 @@ class Norm {
         const int64_t n = end - c;
         Vec<T> dv = (load(u + c) - load(normed + c) * mean) * rstd[k];
         if (gates_first()) {
-          const Vec<T> x = get(p_.x, row, c, n), z = get(p_.z, row, c, n), s = sigmoid(z);
+          const Vec<T> x = get(p_.x, row, c, n), z = get(p_.z, row, c, n), s = sigmoid<T>(z);
           put(g.dz, row, c, dv * x * s * (T(1) + z * (T(1) - s)), n);
           dv *= z * s;
         }

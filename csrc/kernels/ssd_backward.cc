@@ -148,7 +148,7 @@ class Backward {
       for (int64_t c = 0; c < p_.channels; c += L) {
         const Vec<T> z = load_as<T>(z_rows.from(t).data, p_.dtype, c, p_.channels - c);
         T* d = dy + t * chunk_.width + c;
-        store(d, load(d) * z * ssd_sigmoid<T>(z));
+        store(d, load(d) * z * sigmoid<T>(z));
       }
     }
   }
@@ -333,7 +333,7 @@ class Backward {
         if (d) y += (left >= L ? load(d + c) : load_first(d + c, left)) * load(w.x + t * width + c);
         const Vec<T> z = load_as<T>(rows(p_.z, at).from(t).data, p_.dtype, c, left);
         const Vec<T> d_out = load_as<T>(rows(g_.d_out, at).from(t).data, p_.dtype, c, left);
-        const Vec<T> gate = ssd_sigmoid<T>(z);
+        const Vec<T> gate = sigmoid<T>(z);
         store_as<T>(dz, p_.dtype, c, d_out * y * gate * (T(1) + z * (T(1) - gate)), left);
       }
     }

@@ -20,26 +20,6 @@ namespace longspan::LONGSPAN_ISA {
 /// Sums over a triangle are cut into strips of so many rows, each only as deep as it needs.
 inline constexpr int64_t kStrip = 16;
 
-template <class T>
-LS_INLINE Vec<T> ssd_sigmoid(Vec<T> x) {
-  return T(1) / (T(1) + exp<T>(-x));
-}
-
-/// log(1 + e^x), and x itself from 20 on as torch has it. log1p(u) = 2 artanh(u / (2 + u)), whose
-/// series has positive terms only: no cancellation, relative accuracy for every x.
-template <class T>
-LS_INLINE Vec<T> ssd_softplus(Vec<T> x) {
-  const Vec<T> u = exp<T>(-absolute<T>(x));
-  const Vec<T> s = u / (T(2) + u), s2 = s * s;
-  constexpr int kTerms = sizeof(T) == 4 ? 8 : 18;  // s2 <= 1/9
-  Vec<T> sum = broadcast(T(1.0 / (2 * kTerms - 1)));
-#pragma GCC unroll 32
-  for (int i = kTerms - 2; i >= 0; --i) sum = sum * s2 + T(1.0 / (2 * i + 1));
-  const Vec<T> y = T(2) * s * sum + select<T>(x > T(0), x, Vec<T>{});
-  const Vec<T> valid = select<T>(x == x, y, x);  // NaN stays
-  return select<T>(x > T(20), x, valid);
-}
-
 /// What the time steps of one head do over one chunk. Arrays of a number a token; logarithms to base 2.
 template <class T>
 struct SsdSteps {
@@ -68,8 +48,8 @@ struct SsdSteps {
     for (int64_t t = 0; t < p.chunk; t += L) {
       Vec<T> x = load(raw + t), derivative = broadcast(T(1));
       if (p.softplus) {
-        derivative = ssd_sigmoid<T>(x);
-        x = ssd_softplus<T>(x);
+        derivative = sigmoid<T>(x);
+        x = softplus<T>(x);
       }
       store(slope + t, select<T>((x < least) | (x > most), Vec<T>{}, derivative));
       x = select<T>(x < least, least, x);

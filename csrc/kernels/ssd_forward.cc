@@ -202,7 +202,7 @@ class Forward {
         if (p_.z.data) {
           const TokenRows z_row = chunk_.rows(p_.z, run.batch, head, t0 + t);
           const Vec<T> z = load_as<T>(z_row.data, p_.dtype, c, left);
-          v *= z * ssd_sigmoid<T>(z);
+          v *= z * sigmoid<T>(z);
         }
         store_as<T>(row, p_.dtype, c, v, left);
       }

@@ -150,7 +150,9 @@ def causal_conv1d_update(
     check_shape(name, "conv_state", conv_state, (rows, channels, None), "(batch, channels, slots)")
     least = max(weight.shape[1] - 1, 1)
     if conv_state.shape[2] < least:
-        raise ValueError(f"{name}: conv_state: expected at least {least} slots, got {conv_state.shape[2]}")
+        raise ValueError(
+            f"{name}: conv_state: expected at least {least} slots, got {conv_state.shape[2]}"
+        )
     for label, index in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
         if index is not None:
             check_integers(name, label, index, (batch,), "(batch,)")

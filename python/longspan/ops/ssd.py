@@ -53,10 +53,10 @@ def ssd(
 ) -> Any:
     """Mamba-2's selective state space, in chunks: matrix products instead of a step-by-step loop.
 
-    ``H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T``, ``y_t = H_t C_t + D x_t``, ``out = y silu(z)``, where
-    ``dt = clamp(softplus(dt + dt_bias), *dt_limit)`` (Dao and Gu 2024, Transformers are SSMs, section 6).
-    The state begins at 0 or ``initial_states``. Between a forward and its backward one state in 256
-    tokens is kept.
+    ``H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T``, ``y_t = H_t C_t + D x_t``, ``out = y silu(z)``, with
+    ``dt = clamp(softplus(dt + dt_bias), *dt_limit)`` (Dao and Gu 2024, Transformers are SSMs,
+    section 6). The state begins at 0 or ``initial_states``. Between a forward and its backward one
+    state in 256 tokens is kept.
 
     Args:
         x: (B, L, H, P), float32, float64, bfloat16 or float16, any strides (copied where the last one is
@@ -111,14 +111,18 @@ def ssd(
     check_like(name, "C", C, "x", x)
     check_shape(name, "C", C, B.shape, "B's shape")
     if B.shape[2] == 0 or heads % B.shape[2]:
-        raise ValueError(f"{name}: B: expected a number of groups that divides {heads}, got {B.shape[2]}")
+        raise ValueError(
+            f"{name}: B: expected a number of groups that divides {heads}, got {B.shape[2]}"
+        )
     sequences = _check_sequences(name, x, seq_idx, cu_seqlens, return_varlen_states)
     _check_options(name, x, D, z, dt_bias, chunk_size, dt_limit)
     if initial_states is not None:
         check_tensor(name, "initial_states", initial_states)
         check_floating(name, "initial_states", initial_states)
         shape = (sequences, heads, x.shape[3], B.shape[3])
-        check_shape(name, "initial_states", initial_states, shape, "(sequences, heads, channels, states)")
+        check_shape(
+            name, "initial_states", initial_states, shape, "(sequences, heads, channels, states)"
+        )
     if z is None:
         x, B, C = autocast(x, B, C)
     else:

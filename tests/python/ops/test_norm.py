@@ -21,7 +21,14 @@ from longspan.reference import norm as reference
 
 CASES = [
     (shape, group, before, gate, bias)
-    for shape, group in (((3, 4, 48), None), ((5, 48), 12), ((7,), 1), ((2, 3, 130), 65), ((1, 1), None), ((33, 8), 8))
+    for shape, group in (
+        ((3, 4, 48), None),
+        ((5, 48), 12),
+        ((7,), 1),
+        ((2, 3, 130), 65),
+        ((1, 1), None),
+        ((33, 8), 8),
+    )
     for before in (False, True)
     for gate, bias in ((True, True), (True, False), (False, True))
 ]
@@ -48,7 +55,9 @@ def test_shapes_and_options(isa: str, dtype: torch.dtype) -> None:
         # A group of one has rms 1: with it gradients are eps-sized differences of terms of size 1.
         assert_agree(
             results(with_options(longspan.rms_norm_gated, **options), to(dtype, given)),
-            results(with_options(reference.rms_norm_gated, **options), to(torch.float64, to(dtype, given))),
+            results(
+                with_options(reference.rms_norm_gated, **options), to(torch.float64, to(dtype, given))
+            ),
             {"d x": 16, "d z": 16, "d weight": 100, "d bias": 100},
         )
 
@@ -106,8 +115,12 @@ def test_opcheck_compile_and_export(fresh_compiler: None) -> None:
     for wanted in (False, True):
         x, weight, bias, z = (v.detach().clone().requires_grad_(wanted) for v in given.values())
         for options in ((1e-5, 24, False), (1e-5, 8, True)):
-            torch.library.opcheck(torch.ops.longspan.rms_norm_gated_forward, (x, weight, bias, z, *options))
-            torch.library.opcheck(torch.ops.longspan.rms_norm_gated_forward, (x, weight, None, None, *options))
+            torch.library.opcheck(
+                torch.ops.longspan.rms_norm_gated_forward, (x, weight, bias, z, *options)
+            )
+            torch.library.opcheck(
+                torch.ops.longspan.rms_norm_gated_forward, (x, weight, None, None, *options)
+            )
     backward = (given["x"], *given.values(), torch.rand(6, 3), 1e-5, 8, True)
     torch.library.opcheck(torch.ops.longspan.rms_norm_gated_backward, backward)
 
@@ -146,5 +159,7 @@ def test_wrong_arguments_are_named() -> None:
     assert_raises(TypeError, ["z", "x's dtype"], lambda: norm(x, weight, z=x.double()))
     assert_raises(ValueError, ["group_size", "divisor of 6", "4"], lambda: norm(x, weight, group_size=4))
     assert_raises(ValueError, ["group_size", "0"], lambda: norm(x, weight, group_size=0))
-    twice = torch.autograd.grad(norm(x.requires_grad_(), weight).sum(), x, create_graph=True)[0]
-    assert_raises(RuntimeError, ["second derivative"], lambda: twice.sum().backward())
+    out = norm(x.requires_grad_(), weight).sum()
+    assert_raises(
+        RuntimeError, ["second derivative"], lambda: torch.autograd.grad(out, x, create_graph=True)
+    )
