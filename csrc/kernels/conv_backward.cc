@@ -64,9 +64,9 @@ class Backward {
 
   Workspace lay_out(Arena& arena) const {
     Workspace w;
-    w.x = arena.take<T>(tiles_.tile_size);
-    w.g = arena.take<T>(tiles_.tile_size);
-    w.dx = arena.take<T>(tiles_.tile_size);
+    w.x = tiles_.take_tile(arena);
+    w.g = tiles_.take_tile(arena);
+    w.dx = tiles_.take_tile(arena);
     w.weights = arena.take<T>((p_.width + 1) * kRow);
     w.sums = arena.take<T>((p_.width + 1) * kRow);
     w.sequences = arena.take<IntOf<T>>(p_.seq_idx ? tiles_.tile_size : 0);
@@ -104,7 +104,13 @@ class Backward {
     }
     const int64_t before = b.t0 == 0 ? past : 0;
     if constexpr (Tiles::kAlongTime) {
-      for (int64_t lane = -before; lane < b.n; lane += L) input_gradient(w, sequences, past, lane);
+      const char *x = tiles_.ahead(p_.x, b, channel), *d_out = tiles_.ahead(g_.d_out, b, channel);
+      const int64_t size = size_of(p_.dtype);
+      for (int64_t lane = -before; lane < b.n; lane += L) {
+        __builtin_prefetch(x + lane * size);
+        __builtin_prefetch(d_out + lane * size);
+        input_gradient(w, sequences, past, lane);
+      }
     } else {
       for (int64_t i = -before; i < b.n; ++i) {
         for (int64_t lane = 0; lane < b.channels; lane += L) input_gradient(w, sequences, past + i, lane);

@@ -40,7 +40,7 @@ class Forward {
 
   Workspace lay_out(Arena& arena) const {
     Workspace w;
-    w.tile = arena.take<T>(tiles_.tile_size);
+    w.tile = tiles_.take_tile(arena);
     w.weights = arena.take<T>((p_.width + 1) * Tiles::kRow);
     w.sequences = arena.take<IntOf<T>>(p_.seq_idx ? tiles_.tile_size : 0);
     return w;
@@ -52,18 +52,20 @@ class Forward {
       for (int64_t c = b.c0; c < b.c0 + b.channels; ++c) {
         tiles_.load_weights(b, c, w.weights);
         tiles_.load_tile(p_.x, p_.initial, b, c, w.tile);
-        run_row(w, 0, b.n, b.batch * p_.out.batch + c * p_.out.channel + b.t0);
+        const int64_t out = b.batch * p_.out.batch + c * p_.out.channel + b.t0;
+        run_row(w, 0, b.n, out, tiles_.ahead(p_.x, b, c));
       }
     } else {
       tiles_.load_weights(b, 0, w.weights);
       tiles_.load_tile(p_.x, p_.initial, b, 0, w.tile);
       for (int64_t i = 0; i < b.n; ++i) {
-        run_row(w, i, b.channels, b.batch * p_.out.batch + (b.t0 + i) * p_.out.time + b.c0);
+        const int64_t out = b.batch * p_.out.batch + (b.t0 + i) * p_.out.time + b.c0;
+        run_row(w, i, b.channels, out, nullptr);
       }
     }
   }
 
-  LS_INLINE void run_row(const Workspace& w, int64_t i, int64_t n, int64_t out) const {
+  LS_INLINE void run_row(const Workspace& w, int64_t i, int64_t n, int64_t out, const char* ahead) const {
     // Copies: stores might change the parameters, for all that the compiler knows.
     const IntOf<T>* sequences = p_.seq_idx ? w.sequences : nullptr;
     const T *tile = w.tile, *weights = w.weights;
@@ -71,7 +73,9 @@ class Forward {
     const bool silu = p_.silu;
     void* data = p_.out.data;
     const int64_t at = tiles_.past + i;
+    const int64_t size = size_of(dtype);
     for (int64_t lane = 0; lane < n; lane += L) {
+      if constexpr (Tiles::kAlongTime) __builtin_prefetch(ahead + lane * size);
       Vec<T> y = tiles_.template convolve<kWidth>(tile, weights, sequences, at, lane);
       if (silu) y *= sigmoid<T>(y);
       store_as<T>(data, dtype, out + lane, y, n - lane);

@@ -52,6 +52,13 @@ struct ConvTiles {
     tile_size = kAlongTime ? round_up(positions, L) + 2 * L : positions * kRow;
   }
 
+  /// Room for a tile. Along time it begins so that position 0 is at the start of a cache line: most
+  /// vectors, all stores among them, then lie in one.
+  T* take_tile(Arena& arena) const {
+    const int64_t lead = kAlongTime ? (L - past % L) % L : 0;
+    return arena.take<T>(lead + tile_size) + lead;
+  }
+
   int64_t tasks() const { return p.batch * time_blocks * channel_blocks; }
 
   ConvBlock block(int64_t task) const {
@@ -94,6 +101,13 @@ struct ConvTiles {
         }
       }
     }
+  }
+
+  /// Where the next channel's tile of x lies in memory, to be prefetched while this one is worked on:
+  /// one channel's block is too short for the processor to see it coming.
+  const char* ahead(const ConvTensor& x, const ConvBlock& b, int64_t channel) const {
+    const int64_t at = b.batch * x.batch + (channel + 1) * x.channel + b.t0;
+    return static_cast<const char*>(x.data) + at * size_of(p.dtype);
   }
 
   /// Sequence of each position. Along time a lane each, in the integers that compare with T.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import longspan
 import pytest
 import torch
 from checks import (
@@ -14,10 +15,8 @@ from checks import (
     results,
     to,
 )
-from torch import Tensor
-
-import longspan
 from longspan.reference import norm as reference
+from torch import Tensor
 
 CASES = [
     (shape, group, before, gate, bias)

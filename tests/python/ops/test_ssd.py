@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import longspan
 import pytest
 import torch
 from checks import (
@@ -17,10 +18,8 @@ from checks import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
-import longspan
 from longspan.reference import ssd as reference
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
 OPTIONAL = ("D", "z", "dt_bias", "initial_states")
