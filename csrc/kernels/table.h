@@ -5,13 +5,23 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/conv.h"
+#include "kernels/norm.h"
+#include "kernels/ssd.h"
 
 #define LONGSPAN_EACH_KERNEL(X) \
   X(attention_forward)          \
   X(attention_backward)         \
   X(attention_mask_backward)    \
   X(attention_append)           \
-  X(attention_decode)
+  X(attention_decode)           \
+  X(conv_forward)               \
+  X(conv_backward)              \
+  X(conv_update)                \
+  X(norm_gated_forward)         \
+  X(norm_gated_backward)        \
+  X(ssd_forward)                \
+  X(ssd_backward)
 
 namespace longspan {
 

@@ -29,4 +29,42 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor? cache_starts, Tensor? cache_batch_idx, Tensor? sinks, Tensor? alibi_slopes, "
       "bool interleaved, int left, int right, int sink_tokens, float scale, float softcap) "
       "-> (Tensor, Tensor)");
+  // x (B, C, L), weight (C, W), states (B, C, W - 1). -> out, final state (empty where not asked for)
+  m.def(
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? seq_idx, bool silu, bool return_final_state) -> (Tensor, Tensor)");
+  // -> dx, d_weight and d_bias in the accumulation's dtype (d_bias empty where there is none),
+  //    d_initial_state (likewise)
+  m.def(
+      "causal_conv1d_backward(Tensor d_out, Tensor? d_final_state, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? initial_state, Tensor? seq_idx, bool silu) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // Writes x into the state. -> out
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+      "Tensor? cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");
+  // x, z (R, N). -> out, 1 / root mean square (R, N / group_size)
+  m.def(
+      "rms_norm_gated_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? z, float eps, "
+      "int group_size, bool norm_before_gate) -> (Tensor, Tensor)");
+  // -> dx, d_weight and d_bias in the accumulation's dtype, dz (empty where there is none)
+  m.def(
+      "rms_norm_gated_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? z, "
+      "Tensor rstd, float eps, int group_size, bool norm_before_gate) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // x, z (B, L, H, P), dt (B, L, H), B and C (B, L, G, N). -> out, final states (B, H, P, N), states of
+  // the packed sequences (S, H, P, N), states at span boundaries (kernels/ssd.h); empty where not asked for
+  m.def(
+      "ssd_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int chunk_size, "
+      "bool dt_softplus, float dt_min, float dt_max, bool return_final_states, "
+      "bool return_varlen_states, bool keep_boundaries) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> dx, ddt, dA, dB, dC, dD (H, P), dz, the sum of ddt (H,), d_initial_states; dD, dz and the last
+  // empty where there are none
+  m.def(
+      "ssd_backward(Tensor d_out, Tensor? d_final_states, Tensor? d_varlen_states, Tensor boundaries, "
+      "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int chunk_size, bool dt_softplus, "
+      "float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }

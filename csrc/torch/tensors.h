@@ -78,6 +78,16 @@ inline const int64_t* data_or_null(const std::vector<int64_t>& x) {
   return x.empty() ? nullptr : x.data();
 }
 
+/// What kernels accumulate in: double for double, else float.
+inline ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// Dense and of the accumulation's type: for parameters, which are small.
+inline Tensor dense_parameter(const Tensor& x, const Tensor& like) {
+  return torch::stable::contiguous(torch::stable::to(x, sum_type(like)));
+}
+
 inline int threads() { return int(torch::stable::get_num_threads()); }
 
 }  // namespace longspan::binding

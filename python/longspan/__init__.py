@@ -41,6 +41,9 @@ from longspan.ops.attention import (  # noqa: E402  (after the checks above)
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.norm import rms_norm_gated
+from longspan.ops.ssd import ssd
 
 __version__ = "0.1.0"
 
@@ -49,8 +52,12 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "isa",
     "merge_attention",
+    "rms_norm_gated",
+    "ssd",
 ]
 
 

@@ -6,5 +6,17 @@ from longspan.ops.attention import (
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.norm import rms_norm_gated
+from longspan.ops.ssd import ssd
 
-__all__ = ["attention", "attention_decode", "attention_varlen", "merge_attention"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "merge_attention",
+    "rms_norm_gated",
+    "ssd",
+]

@@ -35,6 +35,21 @@ def check_like(function: str, name: str, x: object, other: str, like: Tensor) ->
         raise ValueError(f"{function}: {name}: expected {other}'s device, {like.device}, got {x.device}")
 
 
+def check_parameter(function: str, name: str, x: object, other: str, like: Tensor) -> None:
+    """Raise unless ``x`` is a tensor on ``like``'s device, of its dtype or float32.
+
+    Parameters may stay float32 beside bfloat16 or float16, as autocast leaves them.
+    """
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != like.dtype and (x.dtype != torch.float32 or like.dtype == torch.float64):
+        raise TypeError(
+            f"{function}: {name}: expected {other}'s dtype, {like.dtype}, or float32, got {x.dtype}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{function}: {name}: expected {other}'s device, {like.device}, got {x.device}")
+
+
 def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None], what: str) -> None:
     """Raise ValueError unless ``x`` has this shape; None stands for any size."""
     if len(x.shape) != len(shape) or any(
@@ -71,6 +86,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What kernels accumulate in, and states are kept in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 _warned: set[str] = set()
