@@ -82,7 +82,7 @@ struct AttentionCache {
   const void *cos = nullptr, *sin = nullptr;  ///< [positions][rotary_channels], the halves equal
   Dtype rotary_dtype = Dtype::kFloat;
   int64_t rotary_channels = 0, rotary_stride = 0;
-  bool interleaved = false;                   ///< pairs (2i, 2i + 1) instead of (i, i + half)
+  bool interleaved = false;  ///< pairs (2i, 2i + 1) instead of (i, i + half)
 };
 
 // Called through kernels() (table.h).

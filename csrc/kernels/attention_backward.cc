@@ -29,10 +29,11 @@ class Backward {
  public:
   Backward(const AttentionParams& p, const AttentionGradients& g)
       : p_(p), g_(g), index_((p.batch + 1) * int64_t(sizeof(int64_t))),
-        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0))) {
+        key_block_(p.channels + p.value_channels <= 256 ? 2 * kKeyBlock : kKeyBlock),
+        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0)), key_block_) {
     group_ = p.heads / p.kv_heads;
     splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, p.batch * p.kv_heads)),
-                                        ceil_div(p.keys, kKeyBlock)));
+                                        ceil_div(p.keys, key_block_)));
   }
 
   void run() {
@@ -77,7 +78,7 @@ class Backward {
 
   struct Workspace {
     typename Gradient::Workspace tile;
-    T *dk, *dv;    ///< [kKeyBlock][width]
+    T *dk, *dv;    ///< [key_block][width]
     E* keys_token; ///< K, contracted over keys
     E *weights, *d_scores, *d_scores_pairs;  ///< P^T, dS^T as operands; DotBf16 only
     T* sum;        ///< dQ^T of one block
@@ -85,12 +86,12 @@ class Backward {
   };
 
   Workspace lay_out(Arena& arena) const {
-    constexpr int64_t pairs = Dot::kDepth == 2 ? kKeyBlock * kQueryBlock / 2 : 0;
+    const int64_t pairs = Dot::kDepth == 2 ? key_block_ * kQueryBlock / 2 : 0;
     Workspace w;
     w.tile = gradient_.lay_out(arena);
-    w.dk = arena.take<T>(kKeyBlock * gradient_.width);
-    w.dv = arena.take<T>(kKeyBlock * gradient_.value_width);
-    w.keys_token = arena.take<E>(kKeyBlock * gradient_.width);
+    w.dk = arena.take<T>(key_block_ * gradient_.width);
+    w.dv = arena.take<T>(key_block_ * gradient_.value_width);
+    w.keys_token = arena.take<E>(key_block_ * gradient_.width);
     w.weights = arena.take<E>(pairs);
     w.d_scores = arena.take<E>(pairs);
     w.d_scores_pairs = arena.take<E>(pairs);
@@ -109,7 +110,7 @@ class Backward {
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t b = task / (p_.kv_heads * splits_), split = task % splits_;
       const Sequence s(p_, b);
-      const int64_t blocks = ceil_div(s.keys, kKeyBlock);
+      const int64_t blocks = ceil_div(s.keys, key_block_);
       Share& share = shares_[task];
       if (s.left < 0) {
         share = {split, blocks, splits_, 0, 0, used};
@@ -118,7 +119,7 @@ class Backward {
       }
       bool touched = false;
       for (int64_t kb = share.first; kb < share.last; kb += share.step) {
-        const Interval q = s.query_range(kb * kKeyBlock, min_of((kb + 1) * kKeyBlock, s.keys));
+        const Interval q = s.query_range(kb * key_block_, min_of((kb + 1) * key_block_, s.keys));
         if (q.empty()) continue;
         const int64_t low = q.begin / kQueryBlock, high = ceil_div(q.end, kQueryBlock);
         share.low = touched ? min_of(share.low, low) : low;
@@ -142,7 +143,7 @@ class Backward {
     const int64_t count = group_ * (share.high - share.low) * p_.channels * kQueryBlock;
     __builtin_memset(sums_ + share.sum, 0, size_t(count) * sizeof(T));
     for (int64_t kb = share.first; kb < share.last; kb += share.step) {
-      const int64_t k0 = kb * kKeyBlock, k1 = min_of(k0 + kKeyBlock, s.keys), keys = k1 - k0;
+      const int64_t k0 = kb * key_block_, k1 = min_of(k0 + key_block_, s.keys), keys = k1 - k0;
       const TokenRows k = gradient_.key_rows(p_.k, b, kv_head).from(k0);
       const TokenRows v = gradient_.key_rows(p_.v, b, kv_head).from(k0);
       const Operand<Dot> kc = by_channel<Dot>(k, keys, p_.channels, w.tile.keys);
@@ -158,15 +159,35 @@ class Backward {
         for (int64_t j = queries.begin / kQueryBlock; j * kQueryBlock < queries.end; ++j) {
           const int64_t q0 = j * kQueryBlock;
           const Place at{b, head, j, q0, min_of(q0 + kQueryBlock, s.tokens)};
-          tile(rules, at, kc, vc, kt, finite, k0, k1, sum_of(share, g, j), w);
+          const Interval seen = seen_of(s, at, k0, k1);
+          if (!seen.empty()) tile(rules, at, kc, vc, kt, finite, k0, seen, sum_of(share, g, j), w);
         }
       }
       finish_keys(b, kv_head, s.k_begin + k0, keys, w);
     }
   }
 
+  /// The least run of keys of [k0, k1) that holds all which the queries may see; begins at an even one.
+  LS_INLINE Interval seen_of(const Sequence& s, const Place& at, int64_t k0, int64_t k1) const {
+    Interval ranges[2];
+    s.key_ranges(at.q0, at.q1, ranges);
+    Interval seen{k1, k0};
+    for (const Interval& range : ranges) {
+      const int64_t begin = max_of(range.begin, k0), end = min_of(range.end, k1);
+      if (begin >= end) continue;
+      seen = {min_of(seen.begin, begin & ~int64_t(1)), max_of(seen.end, end)};
+    }
+    return seen;
+  }
+
+  /// The keys `seen` of the block that begins at block_begin, against one block of queries.
   void tile(const ScoreRules<T>& rules, const Place& at, Operand<Dot> kc, Operand<Dot> vc,
-            Operand<Dot> kt, bool keys_finite, int64_t k0, int64_t k1, T* dq, const Workspace& w) const {
+            Operand<Dot> kt, bool keys_finite, int64_t block_begin, Interval seen, T* dq,
+            const Workspace& w) const {
+    const int64_t k0 = seen.begin, k1 = seen.end, skip = k0 - block_begin;
+    kc.data += skip * kc.stride;
+    vc.data += skip * vc.stride;
+    kt.data += skip / Dot::kDepth * kt.stride;
     const QueryRecord<Dot> r = record(gradient_.record_index(at.batch, at.head, at.block));
     const bool visible = rules.sequence.all_visible(at.q0, at.q1, k0, k1);
     gradient_.tile(rules, r, at, kc, vc, k0, k1, visible, w.tile);
@@ -187,8 +208,15 @@ class Backward {
     constexpr int64_t row = kQueryBlock / Dot::kDepth;
     const int64_t depth = ceil_div(queries, Dot::kDepth);
     const Operand<Dot> d_out = gradient_.d_out_by_token(r, at), q = gradient_.q_by_token(r, at);
-    const Product<Dot> dv{weights, row, 1, d_out.data, d_out.stride, w.dv, gradient_.value_width};
-    const Product<Dot> dk{d_scores, row, 1, q.data, q.stride, w.dk, gradient_.width};
+    const Product<Dot> dv{weights,
+                          row,
+                          1,
+                          d_out.data,
+                          d_out.stride,
+                          w.dv + skip * gradient_.value_width,
+                          gradient_.value_width};
+    const Product<Dot> dk{d_scores,       row, 1, q.data, q.stride, w.dk + skip * gradient_.width,
+                          gradient_.width};
     if (guard_keys) {
       dv.template run_as<Start::kAccumulate, true, true>(keys, gradient_.value_width, depth);
       dk.template run_as<Start::kAccumulate, true, true>(keys, gradient_.width, depth);
@@ -273,6 +301,7 @@ class Backward {
   const AttentionParams& p_;
   const AttentionGradients& g_;
   Scratch index_;
+  int64_t key_block_;  ///< wide, so that queries stream past few times, while it all stays in L2
   Gradient gradient_;
   int64_t group_, splits_;
   Share* shares_ = nullptr;

@@ -5,10 +5,10 @@
 //     S [rows][keys]        = Q [rows][channels] K^T       a tile of 64 keys is turned in registers
 //     O [rows][channels]   += P [rows][keys] V             V as it lies
 //
-// Counted for 3 rows of 64 channels in float: a key costs about 16 shuffles, 24 multiply-adds and 12
-// loads and stores of 16 lanes for its 512 bytes, some 50 cycles: 35 GB/s a core, above what memory
-// gives. The next tile is prefetched while this one is computed. A sequence's keys are shared out to
-// as many tasks as fill a machine; the parts are merged in order.
+// Counted for 3 rows of 64 channels in float on a 512-bit machine: a key costs some 44 cycles to turn
+// and 40 to multiply and weigh, 85 for its 512 bytes; a core that reads 15 GB/s takes 125 for them. So
+// memory must never idle. A sequence's keys are shared out to as many tasks as fill a machine; the
+// parts are merged in order.
 
 #include "kernels/parallel.h"
 #include "kernels/softmax.h"
@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kEnoughTasks = 64;  // constants: results must not depend on the machine
 constexpr int64_t kLeastKeysPerSplit = 256;
+constexpr int64_t kKeyTile = 64;
 constexpr int64_t kFewRows = 512;  // to be merged without waking threads
 
 LS_INLINE int64_t first_key(const AttentionCache& c, int64_t b) {
@@ -26,8 +27,8 @@ LS_INLINE int64_t first_key(const AttentionCache& c, int64_t b) {
 }
 
 /// A slot of one head of a sequence's cache.
-LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c, const AttentionTensor& x,
-                              int64_t b, int64_t kv_head, int64_t slot) {
+LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c,
+                              const AttentionTensor& x, int64_t b, int64_t kv_head, int64_t slot) {
   if (c.block_table) {
     return rows_of(x, p.dtype, c.block_table[b * c.pages + slot / c.page], kv_head, slot % c.page);
   }
@@ -82,9 +83,9 @@ class Decode {
   };
   struct Workspace {
     E* queries;     ///< [rows][depth]
-    E* keys;        ///< K^T [depth][kKeyBlock]
+    E* keys;        ///< K^T [depth][kKeyTile]
     E* values;      ///< copies of V, where memory does not have the form
-    T* scores;      ///< [rows][kKeyBlock]
+    T* scores;      ///< [rows][kKeyTile]
     E* weights;     ///< the same rounded, in pairs of keys; DotBf16 only
   };
 
@@ -99,10 +100,10 @@ class Decode {
   Workspace lay_out(Arena& arena) const {
     Workspace w;
     w.queries = arena.take<E>(rows_ * depth_);
-    w.keys = arena.take<E>(depth_ * kKeyBlock);
-    w.values = arena.take<E>(kKeyBlock * width_);
-    w.scores = arena.take<T>(rows_ * kKeyBlock);
-    w.weights = arena.take<E>(Dot::kDepth == 2 ? rows_ * kKeyBlock / 2 : 0);
+    w.keys = arena.take<E>(depth_ * kKeyTile);
+    w.values = arena.take<E>(kKeyTile * width_);
+    w.scores = arena.take<T>(rows_ * kKeyTile);
+    w.weights = arena.take<E>(Dot::kDepth == 2 ? rows_ * kKeyTile / 2 : 0);
     return w;
   }
 
@@ -134,16 +135,16 @@ class Decode {
     load_queries(b, kv_head, w);
     // Sinks before the window belong to the first split; the rest is cut in whole tiles.
     if (split == 0) span(b, kv_head, first, min_of(sink_end, low), part, w);
-    const int64_t tiles = ceil_div(max_of<int64_t>(0, length - low), kKeyBlock);
-    const int64_t begin = low + tiles * split / splits_ * kKeyBlock;
-    const int64_t end = min_of(length, low + tiles * (split + 1) / splits_ * kKeyBlock);
+    const int64_t tiles = ceil_div(max_of<int64_t>(0, length - low), kKeyTile);
+    const int64_t begin = low + tiles * split / splits_ * kKeyTile;
+    const int64_t end = min_of(length, low + tiles * (split + 1) / splits_ * kKeyTile);
     span(b, kv_head, begin, end, part, w);
   }
 
   void span(int64_t b, int64_t kv_head, int64_t begin, int64_t end, const Part& part,
             const Workspace& w) const {
     for (int64_t k0 = begin; k0 < end;) {
-      int64_t k1 = min_of(k0 + kKeyBlock, end);
+      int64_t k1 = min_of(k0 + kKeyTile, end);
       if (c_.block_table) k1 = min_of(k1, (k0 / c_.page + 1) * c_.page);
       tile(b, kv_head, k0, k1, end, part, w);
       k0 = k1;
@@ -155,16 +156,27 @@ class Decode {
     constexpr int L = kLanes<T>;
     const int64_t keys = k1 - k0, columns = round_up(keys, L);
     const TokenRows k = cached(p_.k, b, kv_head, k0), v = cached(p_.v, b, kv_head, k0);
-    if (!c_.block_table) {
-      const int64_t ahead = min_of(end - k1, kKeyBlock);
-      prefetch(k.from(keys), ahead, p_.channels);
-      prefetch(v.from(keys), ahead, p_.value_channels);
+    // The next tile is asked for a few rows at a time, all through this one: a burst would stall on
+    // the few misses that a core can have open, and between bursts memory would idle.
+    int64_t asked = keys;
+    const int64_t last = c_.block_table ? 0 : min_of(end - k0, keys + kKeyTile);
+    const auto ask = [&](int64_t rows) {
+      rows = min_of(rows, last - asked);
+      prefetch(k.from(asked), rows, p_.channels);
+      prefetch(v.from(asked), rows, p_.value_channels);
+      asked += max_of<int64_t>(rows, 0);
+    };
+    for (int64_t t = 0; t < keys; t += L) {
+      ask(L / 2);
+      transposed<Dot>(k.from(t), min_of<int64_t>(keys - t, L), p_.channels, w.keys + t, kKeyTile);
     }
-    transposed<Dot>(k, keys, p_.channels, w.keys, kKeyBlock);
-    Product<Dot>{w.queries, depth_, 1, w.keys, kKeyBlock, w.scores, kKeyBlock}
+    ask(kKeyTile / 4);
+    Product<Dot>{w.queries, depth_, 1, w.keys, kKeyTile, w.scores, kKeyTile}
         .template run_as<Start::kZero, false, true>(rows_, columns, depth_);
+    ask(kKeyTile / 8);
     bool visible = true;
     for (int64_t r = 0; r < rows_; ++r) visible &= softmax(b, kv_head, r, k0, keys, columns, part, w);
+    ask(kKeyTile);
 
     const Operand<Dot> vt = by_token<Dot>(v, keys, p_.value_channels, true, w.values);
     const int64_t depth = ceil_div(keys, Dot::kDepth);
@@ -172,10 +184,10 @@ class Decode {
     if constexpr (Dot::kDepth == 1) {
       weights = w.scores;
     } else {
-      for (int64_t i = 0; i < rows_ * kKeyBlock; i += L) store_bf16(w.weights, i, load(w.scores + i));
+      for (int64_t i = 0; i < rows_ * kKeyTile; i += L) store_bf16(w.weights, i, load(w.scores + i));
       weights = w.weights;
     }
-    const Product<Dot> product{weights, kKeyBlock / Dot::kDepth, 1, vt.data, vt.stride, part.out, width_};
+    const Product<Dot> product{weights, kKeyTile / Dot::kDepth, 1, vt.data, vt.stride, part.out, width_};
     if (visible || all_finite<Dot>(vt, depth, p_.value_channels)) {
       product.template run_as<Start::kAccumulate, false, true>(rows_, width_, depth);
     } else {
@@ -188,7 +200,7 @@ class Decode {
   bool softmax(int64_t b, int64_t kv_head, int64_t r, int64_t k0, int64_t keys, int64_t columns,
                const Part& part, const Workspace& w) const {
     constexpr int L = kLanes<T>;
-    T* row = w.scores + r * kKeyBlock;
+    T* row = w.scores + r * kKeyTile;
     const int64_t head = kv_head * group_ + r / p_.tokens;
     const int64_t at = c_.lengths[b] - p_.tokens + r % p_.tokens;  // where the query stands
     const T slope = p_.alibi_slopes ? T(p_.alibi_slopes[b * p_.alibi_batch + head]) : T(0);
@@ -197,7 +209,7 @@ class Decode {
     const int64_t from = p_.left < 0 ? 0 : at - p_.left - k0;
     const int64_t sinks = first_key(c_, b) + p_.sink_tokens - k0;
     const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
-    const auto bound = [](int64_t x) { return T(max_of<int64_t>(-1, min_of<int64_t>(x, kKeyBlock))); };
+    const auto bound = [](int64_t x) { return T(max_of<int64_t>(-1, min_of<int64_t>(x, kKeyTile))); };
     Vec<T> greatest = broadcast(-kInfinity<T>);
     for (int64_t i = 0; i < columns; i += L) {
       Vec<T> x = load(row + i) * T(p_.scale);
@@ -209,8 +221,8 @@ class Decode {
       greatest = maximum<T>(greatest, x);
       store(row + i, x);
     }
-    T before = part.maximum[r], now = before;
-    for (int i = 0; i < L; ++i) now = now < greatest[i] ? greatest[i] : now;
+    const T before = part.maximum[r], here = max_of_lanes<T>(greatest);
+    const T now = before < here ? here : before;
     const T reference = now == -kInfinity<T> ? T(0) : now;
     const T correction = exp2_nonpositive<T>(broadcast(before - reference))[0];
     Vec<T> sum = {};
@@ -219,7 +231,7 @@ class Decode {
       sum += p;
       store(row + i, p);
     }
-    for (int64_t i = columns; i < kKeyBlock; i += L) store(row + i, Vec<T>{});
+    for (int64_t i = columns; i < kKeyTile; i += L) store(row + i, Vec<T>{});
     part.maximum[r] = now;
     part.sum[r] = part.sum[r] * correction + sum_of_lanes<T>(sum);
     if (correction != T(1)) {
@@ -263,13 +275,16 @@ class Decode {
 
 /// Copies a row, rotated by its position where cos is given.
 template <class T>
-void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int64_t position, void* out) {
+void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int64_t position,
+            void* out) {
   if (!c.cos) {
     __builtin_memcpy(out, in.data, size_t(p.channels * size_of(p.dtype)));
     return;
   }
   const int64_t half = c.rotary_channels / 2;
-  const auto one = [](const void* data, Dtype dtype, int64_t at) { return load_as<T>(data, dtype, at, 1)[0]; };
+  const auto one = [](const void* data, Dtype dtype, int64_t at) {
+    return load_as<T>(data, dtype, at, 1)[0];
+  };
   for (int64_t i = 0; i < half; ++i) {
     const int64_t first = c.interleaved ? 2 * i : i, second = c.interleaved ? 2 * i + 1 : i + half;
     const T a = one(in.data, p.dtype, first), b = one(in.data, p.dtype, second);
@@ -279,21 +294,24 @@ void rotate(const AttentionParams& p, const AttentionCache& c, TokenRows in, int
     store_as<T>(out, p.dtype, second, broadcast(b * cos + a * sin), 1);
   }
   const int64_t size = size_of(p.dtype), done = 2 * half;
-  __builtin_memcpy(static_cast<char*>(out) + done * size, static_cast<const char*>(in.data) + done * size,
-                   size_t((p.channels - done) * size));
+  __builtin_memcpy(static_cast<char*>(out) + done * size,
+                   static_cast<const char*>(in.data) + done * size, size_t((p.channels - done) * size));
 }
 
 template <class T>
 void append(const AttentionParams& p, const AttentionCache& c) {
   const auto write = [](TokenRows x) { return const_cast<void*>(x.data); };
-  const auto position = [&](int64_t b, int64_t slot) { return max_of<int64_t>(0, slot - first_key(c, b)); };
+  const auto position = [&](int64_t b, int64_t slot) {
+    return max_of<int64_t>(0, slot - first_key(c, b));
+  };
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t t = 0; t < c.new_tokens; ++t) {
         const int64_t slot = c.lengths[b] - c.new_tokens + t;
         rotate<T>(p, c, rows_of(c.k_new, p.dtype, b, h, t), position(b, slot),
                   write(cache_row(p, c, p.k, b, h, slot)));
-        __builtin_memcpy(write(cache_row(p, c, p.v, b, h, slot)), rows_of(c.v_new, p.dtype, b, h, t).data,
+        __builtin_memcpy(write(cache_row(p, c, p.v, b, h, slot)),
+                         rows_of(c.v_new, p.dtype, b, h, t).data,
                          size_t(p.value_channels * size_of(p.dtype)));
       }
     }

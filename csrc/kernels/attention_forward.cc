@@ -124,8 +124,8 @@ class Forward {
     Workspace w;
     w.queries = arena.take<E>(depth_ * kQueryBlock);
     w.scores = arena.take<T>(kKeyBlock * kQueryBlock);
-    w.weights = Dot::kDepth == 1 ? reinterpret_cast<E*>(w.scores)
-                                 : arena.take<E>(kKeyBlock / 2 * kQueryBlock);
+    w.weights =
+        Dot::kDepth == 1 ? reinterpret_cast<E*>(w.scores) : arena.take<E>(kKeyBlock / 2 * kQueryBlock);
     w.bias = arena.take<T>(p_.mask.data ? kKeyBlock * kQueryBlock : 0);
     w.accumulator = arena.take<T>(value_width_ * kQueryBlock);
     w.factor = arena.take<T>(kQueryBlock);
@@ -202,8 +202,8 @@ class Forward {
     Product<Dot> product{vt.data, 1, vt.stride, w.weights, kQueryBlock, w.accumulator, kQueryBlock};
     product.rescale = w.state.correction;
     // A weight of zero must not meet an infinite value that its query does not see.
-    const bool safe = (visible && rules.mask.data == nullptr) ||
-                      all_finite<Dot>(vt, depth, p_.value_channels);
+    const bool safe =
+        (visible && rules.mask.data == nullptr) || all_finite<Dot>(vt, depth, p_.value_channels);
     if (!started) {
       safe ? product.template run_as<Start::kZero, false, false>(p_.value_channels, columns, depth)
            : product.template run_as<Start::kZero, true, false>(p_.value_channels, columns, depth);
@@ -217,8 +217,8 @@ class Forward {
   void finish(const Block& block, const SoftmaxState<T>& state, const T* accumulator, T* factor) const {
     const Sequence s(p_, block.batch);
     const int64_t row_batch = p_.cu_q ? 0 : block.batch;
-    T* lse = static_cast<T*>(p_.lse) +
-             (row_batch * p_.heads + block.head) * p_.tokens + s.q_begin + block.q0;
+    T* lse =
+        static_cast<T*>(p_.lse) + (row_batch * p_.heads + block.head) * p_.tokens + s.q_begin + block.q0;
     for (int64_t i = 0; i < block.q1 - block.q0; ++i) {
       T maximum = state.maximum[i], sum = state.sum[i], shrink = T(1);
       if (p_.sinks) {

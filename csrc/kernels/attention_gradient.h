@@ -35,7 +35,7 @@ class AttentionGradient {
   using T = typename Dot::Sum;
 
   struct Workspace {
-    T* scores;      ///< S^T [kKeyBlock][kQueryBlock], then P^T
+    T* scores;      ///< S^T [most_keys][kQueryBlock], then P^T
     T* d_scores;    ///< dP^T, then dS^T
     T* bias;
     T* derivative;  ///< of the softcap
@@ -43,8 +43,9 @@ class AttentionGradient {
     E* values;
   };
 
-  AttentionGradient(const AttentionParams& p, const AttentionGradients& g, int64_t* prefix)
-      : p_(p), g_(g), blocks(p, prefix) {
+  AttentionGradient(const AttentionParams& p, const AttentionGradients& g, int64_t* prefix,
+                    int64_t most_keys)
+      : p_(p), g_(g), blocks(p, prefix), most_keys(most_keys) {
     depth = ceil_div(p.channels, Dot::kDepth);
     value_depth = ceil_div(p.value_channels, Dot::kDepth);
     width = round_up(p.channels, kLanes<T>);
@@ -55,12 +56,12 @@ class AttentionGradient {
 
   Workspace lay_out(Arena& arena) const {
     Workspace w;
-    w.scores = arena.take<T>(kKeyBlock * kQueryBlock);
-    w.d_scores = arena.take<T>(kKeyBlock * kQueryBlock);
-    w.bias = arena.take<T>(p_.mask.data ? kKeyBlock * kQueryBlock : 0);
-    w.derivative = arena.take<T>(p_.softcap != 0 ? kKeyBlock * kQueryBlock : 0);
-    w.keys = arena.take<E>(kKeyBlock * depth);
-    w.values = arena.take<E>(kKeyBlock * value_depth);
+    w.scores = arena.take<T>(most_keys * kQueryBlock);
+    w.d_scores = arena.take<T>(most_keys * kQueryBlock);
+    w.bias = arena.take<T>(p_.mask.data ? most_keys * kQueryBlock : 0);
+    w.derivative = arena.take<T>(p_.softcap != 0 ? most_keys * kQueryBlock : 0);
+    w.keys = arena.take<E>(most_keys * depth);
+    w.values = arena.take<E>(most_keys * value_depth);
     return w;
   }
 
@@ -141,7 +142,8 @@ class AttentionGradient {
       Vec<T> sum = {};
       for (int64_t c = 0; c < p_.value_channels; c += kLanes<T>) {
         const int64_t n = p_.value_channels - c;
-        sum += load_as<T>(out.from(i).data, p_.dtype, c, n) * load_as<T>(d_out.from(i).data, p_.dtype, c, n);
+        sum += load_as<T>(out.from(i).data, p_.dtype, c, n) *
+               load_as<T>(d_out.from(i).data, p_.dtype, c, n);
       }
       r.delta[i] = sum_of_lanes<T>(sum) - (d_lse ? d_lse[i] : T(0));
       const bool empty = lse[i] == -kInfinity<T>;
@@ -177,6 +179,7 @@ class AttentionGradient {
   const AttentionParams& p_;
   const AttentionGradients& g_;
   QueryBlocks blocks;
+  int64_t most_keys;  ///< of a tile
   int64_t depth, value_depth, width, value_width;
 
  private:

@@ -18,7 +18,7 @@ class MaskBackward {
  public:
   MaskBackward(const AttentionParams& p, const AttentionGradients& g, const AttentionMask& d_mask)
       : p_(p), d_mask_(d_mask), index_((p.batch + 1) * int64_t(sizeof(int64_t))),
-        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0))) {}
+        gradient_(p, g, reinterpret_cast<int64_t*>(index_.at(0)), kKeyBlock) {}
 
   void run() {
     const int64_t blocks = ceil_div(p_.tokens, kQueryBlock);
@@ -60,7 +60,8 @@ class MaskBackward {
         const int64_t k1 = min_of(k0 + kKeyBlock, range.end);
         const TokenRows k = gradient_.key_rows(p_.k, b, kv_head).from(k0);
         const TokenRows v = gradient_.key_rows(p_.v, b, kv_head).from(k0);
-        gradient_.template tile<true>(rules, record, at, by_channel<Dot>(k, k1 - k0, p_.channels, w.keys),
+        gradient_.template tile<true>(rules, record, at,
+                                      by_channel<Dot>(k, k1 - k0, p_.channels, w.keys),
                                       by_channel<Dot>(v, k1 - k0, p_.value_channels, w.values), k0, k1,
                                       s.all_visible(at.q0, at.q1, k0, k1), w);
         T* out = static_cast<T*>(d_mask_.data) + b * d_mask_.batch + head * d_mask_.head;

@@ -137,7 +137,8 @@ struct ScoreRules {
     } else if (mask.key == 1) {
       row = load_as<T>(mask.data, mask.dtype, at, n);
     } else {
-      for (int64_t i = 0; i < n; ++i) row[i] = load_as<T>(mask.data, mask.dtype, at + i * mask.key, 1)[0];
+      for (int64_t i = 0; i < n; ++i)
+        row[i] = load_as<T>(mask.data, mask.dtype, at + i * mask.key, 1)[0];
     }
     return row;
   }

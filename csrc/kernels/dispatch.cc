@@ -9,9 +9,9 @@
 #include "kernels/levels.h"  // written by the build: LONGSPAN_EACH_LEVEL(X)
 #include "kernels/table.h"
 
-#define LONGSPAN_DECLARE(level)     \
-  namespace longspan::level {   \
-  extern const KernelTable table;   \
+#define LONGSPAN_DECLARE(level)   \
+  namespace longspan::level {     \
+  extern const KernelTable table; \
   }
 LONGSPAN_EACH_LEVEL(LONGSPAN_DECLARE)
 
@@ -41,8 +41,8 @@ const KernelTable* choose() {
   const char* wanted = std::getenv("LONGSPAN_ISA");
   if (wanted == nullptr || *wanted == '\0') return available_kernels(0);
   if (const KernelTable* table = find(wanted)) return table;
-  std::fprintf(stderr, "longspan: LONGSPAN_ISA=%s is not among the levels of this build and processor:",
-               wanted);
+  std::fprintf(stderr,
+               "longspan: LONGSPAN_ISA=%s is not among the levels of this build and processor:", wanted);
   for (int i = 0; const KernelTable* table = available_kernels(i); ++i) {
     std::fprintf(stderr, " %s", table->name);
   }

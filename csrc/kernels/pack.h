@@ -73,8 +73,10 @@ LS_INLINE Operand<Dot> by_channel(TokenRows x, int64_t n, int64_t channels,
   const int64_t width = channels / Dot::kDepth;
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t c = 0; c < width; c += kLanes<E>) {
-      const int64_t left = min_of<int64_t>(width - c, kLanes<E>);
-      store_first(scratch + t * width + c, load_channels<Dot>(x, t, c, left), left);
+      const int64_t left = width - c;
+      const Vec<E> v = load_channels<Dot>(x, t, c, left);
+      left >= kLanes<E> ? store(scratch + t * width + c, v)
+                        : store_first(scratch + t * width + c, v, left);
     }
   }
   return {scratch, width};

@@ -64,7 +64,8 @@ LS_INLINE Vec<T> column_maximum(const T* scores, int64_t keys) {
   int64_t k = 0;
   for (; k + 4 <= keys; k += 4) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) greatest[j] = maximum<T>(greatest[j], load(scores + (k + j) * kQueryBlock));
+    for (int j = 0; j < 4; ++j)
+      greatest[j] = maximum<T>(greatest[j], load(scores + (k + j) * kQueryBlock));
   }
   for (; k < keys; ++k) greatest[0] = maximum<T>(greatest[0], load(scores + k * kQueryBlock));
   return maximum<T>(maximum<T>(greatest[0], greatest[1]), maximum<T>(greatest[2], greatest[3]));

@@ -6,10 +6,9 @@
 namespace longspan::LONGSPAN_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {
-    LONGSPAN_QUOTE(LONGSPAN_ISA),
+const KernelTable table = {LONGSPAN_QUOTE(LONGSPAN_ISA),
 #define LONGSPAN_ENTRY(kernel) kernel,
-    LONGSPAN_EACH_KERNEL(LONGSPAN_ENTRY)
+                           LONGSPAN_EACH_KERNEL(LONGSPAN_ENTRY)
 #undef LONGSPAN_ENTRY
 };
 

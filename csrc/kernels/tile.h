@@ -119,8 +119,7 @@ struct Product {
         const Vec<Element> x = broadcast<Element>(kUnitDepth ? arow[i][k] : arow[0][i]);
 #pragma GCC unroll 4
         for (int j = 0; j < kColumns; ++j) {
-          sum[i][j] = kGuarded ? Dot::guarded_step(sum[i][j], x, bk[j])
-                               : Dot::step(sum[i][j], x, bk[j]);
+          sum[i][j] = kGuarded ? Dot::guarded_step(sum[i][j], x, bk[j]) : Dot::step(sum[i][j], x, bk[j]);
         }
       }
       brow += ldb;

@@ -61,10 +61,18 @@ LS_INLINE Vec<float> exp2_fraction(Vec<float> f) {
 LS_INLINE Vec<double> exp2_fraction(Vec<double> f) {
   const Vec<double> x = f * kLn2;
   Vec<double> p = broadcast(1.0 / 6227020800.0);
-  const double coefficients[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
-                                 1.0 / 362880.0,    1.0 / 40320.0,    1.0 / 5040.0,
-                                 1.0 / 720.0,       1.0 / 120.0,      1.0 / 24.0,
-                                 1.0 / 6.0,         0.5,              1.0,
+  const double coefficients[] = {1.0 / 479001600.0,
+                                 1.0 / 39916800.0,
+                                 1.0 / 3628800.0,
+                                 1.0 / 362880.0,
+                                 1.0 / 40320.0,
+                                 1.0 / 5040.0,
+                                 1.0 / 720.0,
+                                 1.0 / 120.0,
+                                 1.0 / 24.0,
+                                 1.0 / 6.0,
+                                 0.5,
+                                 1.0,
                                  1.0};
 #pragma GCC unroll 16
   for (int i = 0; i < 13; ++i) p = p * x + coefficients[i];

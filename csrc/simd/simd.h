@@ -129,11 +129,32 @@ LS_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+/// Halves the vector until one lane is left.
+template <class T, class Combine>
+LS_INLINE T reduce_lanes(Vec<T> v, const Combine& combine) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+  }
+  return lane[0];
+}
+
 template <class T>
 LS_INLINE T sum_of_lanes(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__m512(v));
+#endif
+  return reduce_lanes<T>(v, [](T a, T b) { return a + b; });
+}
+
+/// NaN lanes may or may not be passed over.
+template <class T>
+LS_INLINE T max_of_lanes(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps(__m512(v));
+#endif
+  return reduce_lanes<T>(v, [](T a, T b) { return a < b ? b : a; });
 }
 
 // Interleaving and transposition -----------------------------------------------------------
@@ -158,8 +179,8 @@ LS_INLINE Vec<T> interleave_low(Vec<T> a, Vec<T> b) {
     return LS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   } else {
     static_assert(L == 32);
-    return LS_SHUFFLE(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41,
-                      10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+    return LS_SHUFFLE(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
   }
 }
 
@@ -176,8 +197,8 @@ LS_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
     return LS_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   } else {
     static_assert(L == 32);
-    return LS_SHUFFLE(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56,
-                      25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+    return LS_SHUFFLE(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,
+                      57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
   }
 }
 

@@ -184,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 Tensor mask_backward(Tensor d_out, OptionalTensor d_lse, Tensor q, Tensor k, Tensor v, Tensor out,
                      Tensor lse, Tensor mask, OptionalTensor sinks, OptionalTensor slopes,
                      OptionalTensor cu_q, OptionalTensor cu_k, OptionalTensor ranges,
-                     OptionalTensor seed, int64_t left, int64_t right, int64_t sink_tokens,
-                     double scale, double softcap, double dropout_p) {
+                     OptionalTensor seed, int64_t left, int64_t right, int64_t sink_tokens, double scale,
+                     double softcap, double dropout_p) {
   BackwardArguments a(d_out, d_lse, q, k, v, out, lse, OptionalTensor(mask), sinks, slopes, cu_q, cu_k,
                       ranges, seed, left, right, sink_tokens, scale, softcap, dropout_p);
   Tensor d_mask = torch::stable::new_zeros(q, mask.sizes(), lse_type(q));
@@ -242,7 +242,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
     const int64_t row = rows ? row_values[b] : b;
     STD_TORCH_CHECK(length_values[b] >= c.new_tokens && length_values[b] <= p.keys,
                     "attention_decode: cache_seqlens[", b, "] is ", length_values[b],
-                    ", expected between the new tokens, ", c.new_tokens, ", and the cache's slots, ", p.keys);
+                    ", expected between the new tokens, ", c.new_tokens, ", and the cache's slots, ",
+                    p.keys);
     STD_TORCH_CHECK(block_table || (row >= 0 && row < k_cache.size(0)),
                     "attention_decode: cache_batch_idx: expected rows of the cache, 0 to ",
                     k_cache.size(0) - 1, ", got ", row);
@@ -297,7 +298,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   }
   std::vector<int64_t> ranges;
   for (int64_t b = 0; b < p.batch; ++b) {
-    ranges.insert(ranges.end(), {starts ? start_values[b] : 0, length_values[b], length_values[b] - p.tokens});
+    ranges.insert(ranges.end(),
+                  {starts ? start_values[b] : 0, length_values[b], length_values[b] - p.tokens});
   }
   p.ranges = ranges.data();
   kernels().attention_forward(p);
