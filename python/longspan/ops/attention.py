@@ -388,6 +388,8 @@ def _check_group(name: str, heads: int, kv_heads: int) -> None:
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     check_tensor(name, "attn_mask", mask)
+    if mask.device != q.device:
+        raise ValueError(f"{name}: attn_mask: expected q's device, {q.device}, got {mask.device}")
     if mask.dtype != torch.bool and mask.dtype != q.dtype:
         if mask.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16):
             pass
