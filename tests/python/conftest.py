@@ -1,6 +1,11 @@
 """Fixtures of every test: poisoned memory, instruction sets, seeds, and settings put back."""
 
+import os
 from collections.abc import Iterator
+
+# Before torch loads: threads that spin while they wait starve each other on a shared machine, where
+# these many small calls took nine times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest

@@ -31,6 +31,11 @@ def check_like(function: str, name: str, x: object, other: str, like: Tensor) ->
     assert isinstance(x, Tensor)
     if x.dtype != like.dtype:
         raise TypeError(f"{function}: {name}: expected {other}'s dtype, {like.dtype}, got {x.dtype}")
+    check_device(function, name, x, other, like)
+
+
+def check_device(function: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """Raise ValueError unless ``x`` is on ``like``'s device."""
     if x.device != like.device:
         raise ValueError(f"{function}: {name}: expected {other}'s device, {like.device}, got {x.device}")
 

@@ -18,6 +18,7 @@ from longspan.ops._checks import (
     autocast,
     autocasts,
     check_between,
+    check_device,
     check_floating,
     check_integers,
     check_like,
@@ -283,7 +284,7 @@ def attention_decode(
                 f"got {cos.dtype} and {sin.dtype} with {q.dtype}"
             )
     left, right = _check_window(name, causal, window)
-    _check_options(name, h, b, sink_tokens, sinks, alibi_slopes, softcap, 0.0)
+    _check_options(name, q, b, sink_tokens, sinks, alibi_slopes, softcap, 0.0)
     scale = d**-0.5 if scale is None else float(scale)
     if not has_kernels(name, q):
         out, lse = reference.attention_decode(
@@ -388,6 +389,7 @@ def _check_group(name: str, heads: int, kv_heads: int) -> None:
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     check_tensor(name, "attn_mask", mask)
+    check_device(name, "attn_mask", mask, "q", q)
     if mask.dtype != torch.bool and mask.dtype != q.dtype:
         if mask.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16):
             pass
@@ -413,7 +415,7 @@ def _check_window(name: str, causal: bool, window: tuple[int, int]) -> tuple[int
 
 def _check_options(
     name: str,
-    heads: int,
+    q: Tensor,
     batch: int,
     sink_tokens: int,
     sinks: Tensor | None,
@@ -421,6 +423,7 @@ def _check_options(
     softcap: float,
     dropout_p: float,
 ) -> None:
+    heads = q.shape[1]
     if sink_tokens < 0:
         raise ValueError(f"{name}: sink_tokens: expected 0 or more, got {sink_tokens}")
     if softcap < 0:
@@ -429,12 +432,14 @@ def _check_options(
     if sinks is not None:
         check_floating(name, "sinks", sinks)
         check_shape(name, "sinks", sinks, (heads,), "(heads,)")
+        check_device(name, "sinks", sinks, "q", q)
     if alibi_slopes is not None:
         check_floating(name, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() == 2:
             check_shape(name, "alibi_slopes", alibi_slopes, (batch, heads), "(heads,) or (batch, heads)")
         else:
             check_shape(name, "alibi_slopes", alibi_slopes, (heads,), "(heads,) or (batch, heads)")
+        check_device(name, "alibi_slopes", alibi_slopes, "q", q)
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name}: alibi_slopes: expected no requires_grad: they have no gradient")
 
@@ -459,7 +464,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     left, right = _check_window(name, causal, window)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    _check_options(name, q.shape[1], batch, sink_tokens, sinks, alibi_slopes, softcap, dropout_p)
+    _check_options(name, q, batch, sink_tokens, sinks, alibi_slopes, softcap, dropout_p)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     seed = torch.randint(2**62, (1,)) if dropout_p else None
     if has_kernels(name, q):
@@ -476,7 +481,7 @@ def _attend(
             q, k, v, attn_mask, alibi_slopes=alibi_slopes, key_ranges=key_ranges, **options
         )
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q), device=q.device)
     for b in range(batch):
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
         keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
@@ -484,7 +489,7 @@ def _attend(
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b]
         part, part_lse = reference.attention(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], alibi_slopes=slopes, **options
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], alibi_slopes=slopes, dropout_batch=b, **options
         )
         out = torch.slice_scatter(out, part, 2, rows.start, rows.stop)
         lse = torch.slice_scatter(lse, part_lse.to(lse.dtype), 2, rows.start, rows.stop)

@@ -29,8 +29,13 @@ def visible_keys(
     return seen.expand(-1, tokens, keys)
 
 
-def dropout_factors(seed: Tensor, shape: tuple[int, int, int, int], p: float) -> Tensor:
-    """0 or 1 / (1 - p), (B, H, tokens, keys): Threefry-2x32 as in csrc/kernels/random.h."""
+def dropout_factors(
+    seed: Tensor, shape: tuple[int, int, int, int], p: float, first_batch: int = 0
+) -> Tensor:
+    """0 or 1 / (1 - p), (B, H, tokens, keys): Threefry-2x32 as in csrc/kernels/random.h.
+
+    The first row of the batch draws what sequence ``first_batch`` draws.
+    """
     b, h, tokens, keys = shape
     low = 0xFFFFFFFF
 
@@ -49,7 +54,7 @@ def dropout_factors(seed: Tensor, shape: tuple[int, int, int, int], p: float) ->
     seed = seed.reshape(())
     key = threefry(
         (seed & low, (seed >> 32) & low),
-        torch.arange(b)[:, None, None, None].expand(b, h, 1, 1),
+        torch.arange(first_batch, first_batch + b)[:, None, None, None].expand(b, h, 1, 1),
         torch.arange(h)[:, None, None].expand(b, h, 1, 1),
     )
     pairs = (keys + 1) // 2
@@ -72,6 +77,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    dropout_batch: int = 0,
     key_ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> (out, lse), with causal already in ``window``; in float32, or float64 for float64."""
@@ -109,7 +115,7 @@ def attention(
     weight = weight[..., :keys]
     if dropout_p:
         assert dropout_seed is not None
-        factors = dropout_factors(dropout_seed.cpu(), (b, h, tokens, keys), dropout_p)
+        factors = dropout_factors(dropout_seed.cpu(), (b, h, tokens, keys), dropout_p, dropout_batch)
         weight = weight * factors.to(weight)
     return (weight @ v).to(q.dtype), lse.squeeze(-1)
 

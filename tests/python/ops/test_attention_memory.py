@@ -36,11 +36,11 @@ def peaks(tokens: int, h: int, kv_heads: int, dtype: torch.dtype, name: str) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("h", "kv_heads"), [(1, 1), (2, 1), (2, 2)])
 def test_scratch_is_linear_in_the_length(h: int, kv_heads: int, dtype: torch.dtype, name: str) -> None:
-    """As much again for as many tokens more; a score matrix would take more each time."""
+    """As many tokens more take no more than the last ones did; for a score matrix 1.9 times as much."""
     a, b, c = (peaks(n, h, kv_heads, dtype, name) for n in (2048, 5120, 8192))
     for i in range(2):
         assert c[i] > 0
-        assert abs((c[i] - b[i]) - (b[i] - a[i])) <= 0.01 * c[i]
+        assert c[i] - b[i] <= 1.1 * (b[i] - a[i])
     # Of dQ, at most 16 parts: one for each share of the keys.
     assert c[1] <= 16 * (4 * h * 8192 * 8 * 4)
 
