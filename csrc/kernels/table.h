@@ -5,13 +5,17 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/selective_scan.h"
 
 #define LONGSPAN_EACH_KERNEL(X) \
   X(attention_forward)          \
   X(attention_backward)         \
   X(attention_mask_backward)    \
   X(attention_append)           \
-  X(attention_decode)
+  X(attention_decode)           \
+  X(selective_scan_forward)     \
+  X(selective_scan_backward)    \
+  X(selective_state_update)
 
 namespace longspan {
 

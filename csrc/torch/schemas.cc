@@ -29,4 +29,22 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor? cache_starts, Tensor? cache_batch_idx, Tensor? sinks, Tensor? alibi_slopes, "
       "bool interleaved, int left, int right, int sink_tokens, float scale, float softcap) "
       "-> (Tensor, Tensor)");
+
+  // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
+  // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
+  // each chunk (chunks, N, D), of which there are none unless asked for
+  m.def(
+      "selective_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "bool delta_softplus, bool keep_states) -> (Tensor, Tensor, Tensor)");
+  // -> du, d_delta, dA, dB, dC, dD, dz, d_bias, d_initial_state (empty where there are none)
+  m.def(
+      "selective_scan_backward(Tensor d_out, Tensor? d_last_state, Tensor chunk_states, Tensor u, "
+      "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // state (slots, H, P, N), x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D, dt_bias (H, P)
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> Tensor");
 }

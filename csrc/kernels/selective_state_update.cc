@@ -1,0 +1,133 @@
+// One step of the scan for each of many sequences. The limit is reading and writing the states once,
+// so they are taken as they lie: states of a channel along the lanes,
+//
+//     h = exp(D A) h + (D x) B        y = sum over lanes  C h
+//
+// with the step sizes, and the sums over lanes, of a vector's width of channels at a time.
+
+#include "kernels/selective_scan_steps.h"
+#include "kernels/table.h"
+
+namespace longspan::LONGSPAN_ISA {
+namespace {
+
+constexpr int64_t kLeastStates = 1 << 15;  // a thread is not worth its start below
+
+template <class T>
+class StateUpdate {
+  static constexpr int L = kLanes<T>;
+  static constexpr int64_t kChannels = 16 * L;  ///< of a task
+
+ public:
+  explicit StateUpdate(const StateUpdateParams& p) : p_(p), row_(round_up(p.states, L)) {}
+
+  void run() {
+    const int64_t blocks = ceil_div(p_.channels, kChannels), tasks = p_.batch * p_.heads * blocks;
+    if (tasks == 0) return;
+    const int64_t worth = p_.batch * p_.heads * p_.channels * p_.states / kLeastStates;
+    const int threads = threads_for(tasks, int(min_of<int64_t>(p_.threads, max_of<int64_t>(1, worth))));
+    Scratch scratch(threads * 2 * row_ * int64_t(sizeof(T)));
+    parallel_for(tasks, threads, [&](int64_t i, int thread) {
+      T* b = reinterpret_cast<T*>(scratch.at(0)) + thread * 2 * row_;
+      const int64_t channel = i % blocks * kChannels, head = i / blocks % p_.heads;
+      update(i / blocks / p_.heads, head, channel, min_of(channel + kChannels, p_.channels), b, b + row_);
+    });
+  }
+
+ private:
+  void update(int64_t batch, int64_t head, int64_t first, int64_t end, T* b, T* c) const {
+    const auto at = [&](const ScanTensor& x, int64_t channel) {
+      return batch * x.batch + head * x.time + channel * x.channel;
+    };
+    const int64_t slot = p_.slots ? p_.slots[batch] : batch;
+    if (slot < 0) {
+      for (int64_t i = first; i < end; i += L) {
+        store_lanes<T>(p_.out, at(p_.out, i), p_.out.channel, Vec<T>{}, end - i);
+      }
+      return;
+    }
+    const int64_t group = head / (p_.heads / p_.groups);
+    for (int64_t n = 0; n < p_.states; n += L) {
+      const auto load_group = [&](const ScanTensor& x) {
+        const int64_t from = batch * x.batch + group * x.group + n * x.state;
+        Vec<T> v = load_lanes<T>(x, from, x.state, p_.states - n);
+        // Lanes past the last state must not count, also where one value stands for all.
+        return select<T>(iota<T>() < IntOf<T>(min_of<int64_t>(L, p_.states - n)), v, Vec<T>{});
+      };
+      store(b + n, load_group(p_.B));
+      store(c + n, load_group(p_.C));
+    }
+    for (int64_t i = first; i < end; i += L) {
+      const int64_t lanes = min_of<int64_t>(L, end - i);
+      const auto lanes_of = [&](const ScanTensor& x) {
+        return x.data ? load_lanes<T>(x, at(x, i), x.channel, lanes) : Vec<T>{};
+      };
+      const Vec<T> x = lanes_of(p_.x);
+      Vec<T> step = lanes_of(p_.dt) + load_parameter(p_.bias, head, i, lanes);
+      if (p_.softplus) step = softplus<T>(step);
+      alignas(LONGSPAN_VECTOR_BYTES) T y[L];
+      store(y, x * load_parameter(p_.D, head, i, lanes));
+      const ScanTensor state = moved(p_.state, slot * p_.state.batch + head * p_.state.time +
+                                                   i * p_.state.channel);
+      const ScanTensor A = moved(p_.A, head * p_.A.time + i * p_.A.channel);
+      if (A.state == 0) {  // one decay for all states of a channel, as Mamba-2 has it
+        const Vec<T> a = load_lanes<T>(A, 0, A.channel, lanes) * T(kLog2e);
+        const Vec<T> decays = exp2_product<T>(a, step);
+        channels(state, lanes, step * x, b, c, y, [&](int64_t j, int64_t) { return broadcast(decays[j]); });
+      } else {
+        channels(state, lanes, step * x, b, c, y, [&](int64_t j, int64_t n) {
+          const Vec<T> a = load_lanes<T>(A, j * A.channel + n * A.state, A.state, p_.states - n);
+          return exp2_product<T>(a * T(kLog2e), broadcast(step[j]));
+        });
+      }
+      Vec<T> out = load(y);
+      if (p_.z.data) {
+        const Vec<T> z = lanes_of(p_.z);
+        out *= z * sigmoid<T>(z);
+      }
+      store_lanes<T>(p_.out, at(p_.out, i), p_.out.channel, out, lanes);
+    }
+  }
+
+  static ScanTensor moved(ScanTensor x, int64_t by) {
+    x.data = static_cast<char*>(x.data) + by * size_of(x.dtype);
+    return x;
+  }
+
+  LS_INLINE Vec<T> load_parameter(const ScanTensor& x, int64_t head, int64_t i, int64_t lanes) const {
+    if (x.data == nullptr) return Vec<T>{};
+    return load_lanes<T>(x, head * x.time + i * x.channel, x.channel, lanes);
+  }
+
+  /// A vector's width of channels; decay(channel, n) for the states from n on.
+  template <class Decay>
+  LS_INLINE void channels(const ScanTensor& state, int64_t lanes, Vec<T> step_x, const T* b, const T* c,
+                          T* y, const Decay& decay) const {
+    Vec<T> sums[L];
+    for (int64_t j = 0; j < L; ++j) {
+      Vec<T> sum = {};
+      for (int64_t n = 0; j < lanes && n < p_.states; n += L) {
+        const int64_t at = j * state.channel + n * state.state;
+        const Vec<T> h = decay(j, n) * load_lanes<T>(state, at, state.state, p_.states - n) +
+                         load(b + n) * step_x[j];
+        store_lanes<T>(state, at, state.state, h, p_.states - n);
+        // What lies past the last state may not be finite, and times zero would be NaN.
+        const auto real = iota<T>() < IntOf<T>(min_of<int64_t>(L, p_.states - n));
+        sum += select<T>(real, h * load(c + n), Vec<T>{});
+      }
+      sums[j] = sum;
+    }
+    add_sums_of_lanes<T>(sums, y);
+  }
+
+  const StateUpdateParams& p_;
+  const int64_t row_;
+};
+
+}  // namespace
+
+void selective_state_update(const StateUpdateParams& p) {
+  p.in_double ? StateUpdate<double>(p).run() : StateUpdate<float>(p).run();
+}
+
+}  // namespace longspan::LONGSPAN_ISA
