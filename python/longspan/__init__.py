@@ -41,6 +41,7 @@ from longspan.ops.attention import (  # noqa: E402  (after the checks above)
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.selective_scan import selective_scan, selective_state_update
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,8 @@ __all__ = [
     "attention_varlen",
     "isa",
     "merge_attention",
+    "selective_scan",
+    "selective_state_update",
 ]
 
 
