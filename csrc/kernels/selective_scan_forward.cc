@@ -57,8 +57,10 @@ class Forward {
     const int64_t boundary = round_up(p_.states * kSize<N> + L, L);
     Scratch pieces(count * int64_t(sizeof(Piece))), scratch(measure.used() * threads),
         boundaries(in_pieces ? scans * boundary * int64_t(sizeof(T)) : 0),
+        packed((p_.b_varies + p_.c_varies) * packed_size() * int64_t(sizeof(T))),
         partial(splits_ > 1 ? splits_ * shape_.lane_groups * p_.batch * p_.steps * L * int64_t(sizeof(T))
                             : 0);
+    pack(threads, reinterpret_cast<T*>(packed.at(0)));
     pieces_ = reinterpret_cast<Piece*>(pieces.at(0));
     shape_.pieces(most_, pieces_);
     partial_ = splits_ > 1 ? reinterpret_cast<T*>(partial.at(0)) : nullptr;
@@ -90,23 +92,41 @@ class Forward {
  private:
   struct Workspace {
     T *a, *h;                ///< [state][part][lane]
-    T *b, *c;                ///< [time][part][state], or [state][part][lane]
+    T *b, *c;                ///< where they do not vary: [state][part][lane]
     T *step, *step_u, *y, *z;  ///< [time][lane]
   };
 
   Workspace lay_out(Arena& arena) const {
     Workspace w;
-    const int64_t coefficients =
-        max_of(shape_.chunk * N::kParts * shape_.row, p_.states * kSize<N>);
     w.a = arena.take<T>(p_.states * kSize<N>);
     w.h = arena.take<T>(p_.states * kSize<N>);
-    w.b = arena.take<T>(coefficients);
-    w.c = arena.take<T>(coefficients);
+    w.b = arena.take<T>(p_.b_varies ? 0 : p_.states * kSize<N>);
+    w.c = arena.take<T>(p_.c_varies ? 0 : p_.states * kSize<N>);
     w.step = arena.take<T>(shape_.chunk * L);
     w.step_u = arena.take<T>(shape_.chunk * L);
     w.y = arena.take<T>(shape_.chunk * L);
     w.z = arena.take<T>(shape_.chunk * L);
     return w;
+  }
+
+  // B and C of all time, turned once for all channels: [batch][group][time][part][state].
+  LS_INLINE int64_t packed_at(int64_t batch, int64_t group, int64_t t) const {
+    return ((batch * p_.groups + group) * p_.steps + t) * N::kParts * shape_.row;
+  }
+  LS_INLINE int64_t packed_size() const { return packed_at(p_.cu ? 1 : p_.batch, 0, 0); }
+
+  void pack(int threads, T* to) {
+    b_ = to;
+    c_ = to + p_.b_varies * packed_size();
+    const int64_t chunks = ceil_div(p_.steps, shape_.chunk);
+    const int64_t tasks = (p_.cu ? 1 : p_.batch) * p_.groups * chunks;
+    parallel_for(p_.b_varies || p_.c_varies ? tasks : 0, threads, [&](int64_t i, int) {
+      const int64_t t = i % chunks * shape_.chunk, group = i / chunks % p_.groups;
+      const int64_t batch = i / chunks / p_.groups, steps = min_of(shape_.chunk, p_.steps - t);
+      const int64_t at = packed_at(batch, group, t);
+      if (p_.b_varies) shape_.load_varying(p_.B, batch, group, t, steps, T(1), b_ + at);
+      if (p_.c_varies) shape_.load_varying(p_.C, batch, group, t, steps, kOutputFactor<N>, c_ + at);
+    });
   }
 
   /// Where a split's part of y lies: [split][lane group][batch][time][lane].
@@ -152,9 +172,10 @@ class Forward {
         store(w.step_u + i, step * x);
         sum += step;
       }
-      if (p_.b_varies) shape_.load_varying(p_.B, batch, g.group, t, steps, T(1), w.b);
-      if (p_.c_varies) shape_.load_varying(p_.C, batch, g.group, t, steps, kOutputFactor<N>, w.c);
-      with_coefficients<N>(p_, w.b, w.c, shape_.row, [&](auto b, auto c) {
+      const int64_t at = packed_at(batch, g.group, t);
+      const T* b_steps = p_.b_varies ? b_ + at : w.b;
+      const T* c_steps = p_.c_varies ? c_ + at : w.c;
+      with_coefficients<N>(p_, b_steps, c_steps, shape_.row, [&](auto b, auto c) {
         advance_all(w, b, c, y, n0, n1, steps);
       });
       if (splits_ == 1 && !from_zero) finish(piece, g, t, steps, y, w);
@@ -253,7 +274,7 @@ class Forward {
   int64_t splits_ = 1;          ///< of the states
   int64_t most_ = INT64_MAX / 2;  ///< steps of a piece
   Piece* pieces_ = nullptr;
-  T* partial_ = nullptr;
+  T *b_ = nullptr, *c_ = nullptr, *partial_ = nullptr;
 };
 
 }  // namespace

@@ -164,80 +164,149 @@ LS_INLINE Rows channel_rows(const ScanTensor& x, int64_t batch) {
   return r;
 }
 
-/// out[t][lane] for t < steps and a vector of lanes, of which those past `rows` are zero.
+/// n elements, `stride` apart, into lanes; the others are zero. And the way back.
 template <class T>
-LS_INLINE void load_steps(Rows x, int64_t rows, int64_t steps, T* out, int64_t ld) {
+LS_INLINE Vec<T> load_lanes(const void* data, Dtype dtype, int64_t at, int64_t stride, int64_t n) {
+  n = min_of<int64_t>(n, kLanes<T>);
+  if (stride == 1) return load_as<T>(data, dtype, at, n);
+  Vec<T> v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = load_as<T>(data, dtype, at + i * stride, 1)[0];
+  return v;
+}
+template <class T>
+LS_INLINE void store_lanes(void* data, Dtype dtype, int64_t at, int64_t stride, Vec<T> v, int64_t n) {
+  n = min_of<int64_t>(n, kLanes<T>);
+  if (stride == 1) return store_as<T>(data, dtype, at, v, n);
+  for (int64_t i = 0; i < n; ++i) store_as<T>(data, dtype, at + i * stride, broadcast(v[i]), 1);
+}
+template <class T>
+LS_INLINE Vec<T> load_lanes(const ScanTensor& x, int64_t at, int64_t stride, int64_t n) {
+  return load_lanes<T>(x.data, x.dtype, at, stride, n);
+}
+template <class T>
+LS_INLINE void store_lanes(const ScanTensor& x, int64_t at, int64_t stride, Vec<T> v, int64_t n) {
+  store_lanes<T>(x.data, x.dtype, at, stride, v, n);
+}
+
+/// Whole vectors of rows over whole vectors of time, the dtype known: what nearly all of the time
+/// is spent in must be unrolled for its square to stay in registers.
+template <class T, Dtype kDtype>
+void load_whole(Rows x, int64_t steps, T* out, int64_t ld) {
   constexpr int L = kLanes<T>;
-  rows = min_of<int64_t>(rows, L);
-  if (x.row == 1 || rows == 1) {
+  if (x.row == 1) {
+    for (int64_t t = 0; t < steps; ++t) store(out + t * ld, load_as<T>(x.data, kDtype, t * x.time));
+    return;
+  }
+  for (int64_t t = 0; t < steps; t += L) {
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = load_as<T>(x.data, kDtype, i * x.row + t);
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(out + (t + i) * ld, square[i]);
+  }
+}
+
+template <class T, Dtype kDtype>
+void store_whole(const T* in, Rows x, int64_t steps) {
+  constexpr int L = kLanes<T>;
+  if (x.row == 1) {
+    for (int64_t t = 0; t < steps; ++t) store_as<T>(x.data, kDtype, t * x.time, load(in + t * L));
+    return;
+  }
+  for (int64_t t = 0; t < steps; t += L) {
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = load(in + (t + i) * L);
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store_as<T>(x.data, kDtype, i * x.row + t, square[i]);
+  }
+}
+
+/// How many of the steps load_whole and store_whole take.
+template <class T>
+LS_INLINE int64_t whole_steps(Rows x, int64_t rows, int64_t steps) {
+  if (rows < kLanes<T>) return 0;
+  return x.row == 1 ? steps : x.time == 1 ? steps / kLanes<T> * kLanes<T> : 0;
+}
+
+/// What is left: fewer rows, fewer steps, or no unit stride.
+template <class T>
+void load_rest(Rows x, int64_t rows, int64_t steps, T* out, int64_t ld) {
+  constexpr int L = kLanes<T>;
+  if (x.row == 1) {
     for (int64_t t = 0; t < steps; ++t) store(out + t * ld, load_as<T>(x.data, x.dtype, t * x.time, rows));
-  } else if (x.time == 1) {
-    for (int64_t t = 0; t < steps; t += L) {
-      Vec<T> square[L];
-      const int64_t left = steps - t;
-      for (int i = 0; i < L; ++i) {
-        square[i] = i < rows ? load_as<T>(x.data, x.dtype, i * x.row + t, left) : Vec<T>{};
-      }
-      transpose<T>(square);
-      for (int i = 0; i < L && i < left; ++i) store(out + (t + i) * ld, square[i]);
+    return;
+  }
+  for (int64_t t = 0; t < steps; t += L) {
+    const int64_t left = min_of<int64_t>(L, steps - t);
+    Vec<T> square[L];
+    for (int i = 0; i < L; ++i) {
+      square[i] = i < rows ? load_lanes<T>(x.data, x.dtype, i * x.row + t * x.time, x.time, left) : Vec<T>{};
     }
-  } else {
-    for (int64_t t = 0; t < steps; ++t) {
-      Vec<T> v = {};
-      for (int64_t i = 0; i < rows; ++i) v[i] = load_as<T>(x.data, x.dtype, i * x.row + t * x.time, 1)[0];
-      store(out + t * ld, v);
+    transpose<T>(square);
+    for (int i = 0; i < left; ++i) store(out + (t + i) * ld, square[i]);
+  }
+}
+
+template <class T>
+void store_rest(const T* in, Rows x, int64_t rows, int64_t steps) {
+  constexpr int L = kLanes<T>;
+  if (x.row == 1) {
+    for (int64_t t = 0; t < steps; ++t) store_as<T>(x.data, x.dtype, t * x.time, load(in + t * L), rows);
+    return;
+  }
+  for (int64_t t = 0; t < steps; t += L) {
+    const int64_t left = min_of<int64_t>(L, steps - t);
+    Vec<T> square[L];
+    for (int i = 0; i < L; ++i) square[i] = i < left ? load(in + (t + i) * L) : Vec<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < rows; ++i) {
+      store_lanes<T>(x.data, x.dtype, i * x.row + t * x.time, x.time, square[i], left);
     }
   }
 }
 
-/// n elements, `stride` apart, into lanes; the others are zero. And the way back.
-template <class T>
-LS_INLINE Vec<T> load_lanes(const ScanTensor& x, int64_t at, int64_t stride, int64_t n) {
-  n = min_of<int64_t>(n, kLanes<T>);
-  if (stride == 1) return load_as<T>(x.data, x.dtype, at, n);
-  if (stride == 0) return broadcast(load_as<T>(x.data, x.dtype, at, 1)[0]);
-  Vec<T> v = {};
-  for (int64_t i = 0; i < n; ++i) v[i] = load_as<T>(x.data, x.dtype, at + i * stride, 1)[0];
-  return v;
+/// body.operator()<dtype>(): chosen once a block, not once a vector.
+template <class T, class Body>
+LS_INLINE void with_dtype(Dtype dtype, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body.template operator()<Dtype::kDouble>();
+  } else if (dtype == Dtype::kFloat) {
+    body.template operator()<Dtype::kFloat>();
+  } else if (dtype == Dtype::kBfloat16) {
+    body.template operator()<Dtype::kBfloat16>();
+  } else {
+    body.template operator()<Dtype::kHalf>();
+  }
 }
+
+/// out[t][lane] for t < steps and a vector of lanes, of which those past `rows` are zero.
 template <class T>
-LS_INLINE void store_lanes(const ScanTensor& x, int64_t at, int64_t stride, Vec<T> v, int64_t n) {
-  n = min_of<int64_t>(n, kLanes<T>);
-  if (stride == 1) return store_as<T>(x.data, x.dtype, at, v, n);
-  for (int64_t i = 0; i < n; ++i) store_as<T>(x.data, x.dtype, at + i * stride, broadcast(v[i]), 1);
+LS_INLINE void load_steps(Rows x, int64_t rows, int64_t steps, T* out, int64_t ld) {
+  rows = min_of<int64_t>(rows, kLanes<T>);
+  const int64_t whole = whole_steps<T>(x, rows, steps);
+  if (whole > 0) with_dtype<T>(x.dtype, [&]<Dtype kDtype>() { load_whole<T, kDtype>(x, whole, out, ld); });
+  if (whole < steps) load_rest<T>(x.from(0, whole), rows, steps - whole, out + whole * ld, ld);
 }
 
 /// The way back: in[t][lane], a vector a step.
 template <class T>
 LS_INLINE void store_steps(const T* in, Rows x, int64_t rows, int64_t steps) {
-  constexpr int L = kLanes<T>;
-  rows = min_of<int64_t>(rows, L);
-  if (x.row == 1 || rows == 1) {
-    for (int64_t t = 0; t < steps; ++t) store_as<T>(x.data, x.dtype, t * x.time, load(in + t * L), rows);
-  } else if (x.time == 1) {
-    for (int64_t t = 0; t < steps; t += L) {
-      Vec<T> square[L];
-      const int64_t left = steps - t;
-      for (int i = 0; i < L; ++i) square[i] = i < left ? load(in + (t + i) * L) : Vec<T>{};
-      transpose<T>(square);
-      for (int i = 0; i < rows; ++i) store_as<T>(x.data, x.dtype, i * x.row + t, square[i], left);
-    }
-  } else {
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> v = load(in + t * L);
-      for (int64_t i = 0; i < rows; ++i) {
-        store_as<T>(x.data, x.dtype, i * x.row + t * x.time, broadcast(v[i]), 1);
-      }
-    }
-  }
+  rows = min_of<int64_t>(rows, kLanes<T>);
+  const int64_t whole = whole_steps<T>(x, rows, steps);
+  if (whole > 0) with_dtype<T>(x.dtype, [&]<Dtype kDtype>() { store_whole<T, kDtype>(in, x, whole); });
+  if (whole < steps) store_rest<T>(in + whole * kLanes<T>, x.from(0, whole), rows, steps - whole);
 }
 
 /// Ask for the next steps of rows whose time is innermost: a processor follows only so many streams.
+/// Into the second cache, for rows a power of two apart would push each other out of the first.
 LS_INLINE void prefetch_steps(Rows x, int64_t rows, int64_t steps) {
-  if (x.data == nullptr || x.time != 1) return;
+  if (x.row == 1 || x.time != 1) return;
   const int64_t line = 64 / size_of(x.dtype);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t t = 0; t < steps; t += line) __builtin_prefetch(x.from(i, t).data);
+    for (int64_t t = 0; t < steps; t += line) __builtin_prefetch(x.from(i, t).data, 0, 2);
   }
 }
 

@@ -50,9 +50,7 @@ class StateUpdate {
     for (int64_t n = 0; n < p_.states; n += L) {
       const auto load_group = [&](const ScanTensor& x) {
         const int64_t from = batch * x.batch + group * x.group + n * x.state;
-        Vec<T> v = load_lanes<T>(x, from, x.state, p_.states - n);
-        // Lanes past the last state must not count, also where one value stands for all.
-        return select<T>(iota<T>() < IntOf<T>(min_of<int64_t>(L, p_.states - n)), v, Vec<T>{});
+        return load_lanes<T>(x, from, x.state, p_.states - n);
       };
       store(b + n, load_group(p_.B));
       store(c + n, load_group(p_.C));
