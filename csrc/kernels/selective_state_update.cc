@@ -12,6 +12,7 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kLeastStates = 1 << 15;  // a thread is not worth its start below
+constexpr int64_t kAhead = 4096;  // bytes of state to ask for early: the window of instructions sees 1 KB
 
 template <class T>
 class StateUpdate {
@@ -65,17 +66,29 @@ class StateUpdate {
       if (p_.softplus) step = softplus<T>(step);
       alignas(LONGSPAN_VECTOR_BYTES) T y[L];
       store(y, x * load_parameter(p_.D, head, i, lanes));
+      alignas(LONGSPAN_VECTOR_BYTES) T steps[L], step_x[L];
+      store(steps, step);
+      store(step_x, step * x);
       const ScanTensor state = moved(p_.state, slot * p_.state.batch + head * p_.state.time +
                                                    i * p_.state.channel);
       const ScanTensor A = moved(p_.A, head * p_.A.time + i * p_.A.channel);
+      // Whole vectors of states, and of A in the type that is calculated in: the common case, whose
+      // cost must stay below that of the memory.
+      const bool plain = state.state == 1 && p_.states % L == 0;
       if (A.state == 0) {  // one decay for all states of a channel, as Mamba-2 has it
-        const Vec<T> a = load_lanes<T>(A, 0, A.channel, lanes) * T(kLog2e);
-        const Vec<T> decays = exp2_product<T>(a, step);
-        channels(state, lanes, step * x, b, c, y, [&](int64_t j, int64_t) { return broadcast(decays[j]); });
+        alignas(LONGSPAN_VECTOR_BYTES) T decays[L];
+        store(decays, exp2_product<T>(load_lanes<T>(A, 0, A.channel, lanes) * T(kLog2e), step));
+        const auto decay = [&](int64_t k, int64_t) { return broadcast(decays[k]); };
+        channels(plain, state, lanes, step_x, b, c, y, decay);
+      } else if (plain && A.state == 1 && (sizeof(T) == 8 || A.dtype == Dtype::kFloat)) {
+        const T* a = static_cast<const T*>(A.data);
+        channels(true, state, lanes, step_x, b, c, y, [&](int64_t k, int64_t n) {
+          return exp2_product<T>(load(a + k * A.channel + n) * T(kLog2e), broadcast(steps[k]));
+        });
       } else {
-        channels(state, lanes, step * x, b, c, y, [&](int64_t j, int64_t n) {
-          const Vec<T> a = load_lanes<T>(A, j * A.channel + n * A.state, A.state, p_.states - n);
-          return exp2_product<T>(a * T(kLog2e), broadcast(step[j]));
+        channels(plain, state, lanes, step_x, b, c, y, [&](int64_t k, int64_t n) {
+          const Vec<T> a = load_lanes<T>(A, k * A.channel + n * A.state, A.state, p_.states - n);
+          return exp2_product<T>(a * T(kLog2e), broadcast(steps[k]));
         });
       }
       Vec<T> out = load(y);
@@ -99,21 +112,36 @@ class StateUpdate {
 
   /// A vector's width of channels; decay(channel, n) for the states from n on.
   template <class Decay>
-  LS_INLINE void channels(const ScanTensor& state, int64_t lanes, Vec<T> step_x, const T* b, const T* c,
-                          T* y, const Decay& decay) const {
+  LS_INLINE void channels(bool plain, const ScanTensor& state, int64_t lanes, const T* step_x, const T* b,
+                          const T* c, T* y, const Decay& decay) const {
     Vec<T> sums[L];
-    for (int64_t j = 0; j < L; ++j) {
-      Vec<T> sum = {};
-      for (int64_t n = 0; j < lanes && n < p_.states; n += L) {
-        const int64_t at = j * state.channel + n * state.state;
-        const Vec<T> h = decay(j, n) * load_lanes<T>(state, at, state.state, p_.states - n) +
-                         load(b + n) * step_x[j];
-        store_lanes<T>(state, at, state.state, h, p_.states - n);
-        // What lies past the last state may not be finite, and times zero would be NaN.
-        const auto real = iota<T>() < IntOf<T>(min_of<int64_t>(L, p_.states - n));
-        sum += select<T>(real, h * load(c + n), Vec<T>{});
+    const auto each = [&](const auto& update) {
+      for (int64_t k = 0; k < L; ++k) {
+        Vec<T> sum = {};
+        for (int64_t n = 0; k < lanes && n < p_.states; n += L) {
+          sum += update(k * state.channel + n * state.state, n, decay(k, n), load(b + n) * step_x[k]);
+        }
+        sums[k] = sum;
       }
-      sums[j] = sum;
+    };
+    if (plain) {
+      with_dtype<T>(state.dtype, [&]<Dtype kDtype>() {
+        each([&](int64_t at, int64_t n, Vec<T> decayed, Vec<T> added) {
+          __builtin_prefetch(static_cast<char*>(state.data) + at * size_of(kDtype) + kAhead, 1);
+          const Vec<T> h = decayed * load_as<T>(state.data, kDtype, at) + added;
+          store_as<T>(state.data, kDtype, at, h);
+          return h * load(c + n);
+        });
+      });
+    } else {
+      each([&](int64_t at, int64_t n, Vec<T> decayed, Vec<T> added) {
+        const int64_t left = p_.states - n;
+        const Vec<T> h = decayed * load_lanes<T>(state, at, state.state, left) + added;
+        store_lanes<T>(state, at, state.state, h, left);
+        // What lies past the last state may not be finite, and times zero would be NaN.
+        const auto real = iota<T>() < IntOf<T>(min_of<int64_t>(L, left));
+        return select<T>(real, h * load(c + n), Vec<T>{});
+      });
     }
     add_sums_of_lanes<T>(sums, y);
   }
