@@ -41,7 +41,7 @@ from longspan.ops.attention import (  # noqa: E402  (after the checks above)
     attention_varlen,
     merge_attention,
 )
-from longspan.ops.selective_scan import selective_scan, selective_state_update
+from longspan.ops.selective_scan import selective_scan, selective_state_update  # noqa: E402
 
 __version__ = "0.1.0"
 

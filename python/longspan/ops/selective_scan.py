@@ -1,5 +1,6 @@
 """Mamba's selective scan, whole and one step at a time: `selective_scan`, `selective_state_update`."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def selective_scan(
     """
     name = "selective_scan"
     _check_values(name, "u", u, (None, None, None), "(batch, channels, steps)", None)
-    batch, channels, steps = u.shape
+    batch, channels, _ = u.shape
     _check_values(name, "delta", delta, u.shape, "u's shape", u)
     check_tensor(name, "A", A)
     check_shape(name, "A", A, (channels, None), "(channels, states)")
@@ -230,17 +231,19 @@ def selective_state_update(
         z = z if z is None else z.unsqueeze(1)
         D = D if D is None else D.unsqueeze(0)
         dt_bias = dt_bias if dt_bias is None else dt_bias.unsqueeze(0)
-    update = _update if has_kernels(name, x) else reference.selective_state_update
-    out = update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, bool(dt_softplus))
+    if has_kernels(name, x):
+        out = _update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, bool(dt_softplus))
+    else:
+        out = reference.selective_state_update(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+        )
     return out if by_heads else out.squeeze(1)
 
 
 # ---- from the public arguments to the operator's
 
 
-def _check_values(
-    name: str, label: str, x: Tensor, shape: Any, what: str, like: Tensor | None
-) -> None:
+def _check_values(name: str, label: str, x: Tensor, shape: Any, what: str, like: Tensor | None) -> None:
     """A floating tensor of this shape, on ``like``'s device, and float64 where ``like`` is."""
     check_tensor(name, label, x)
     check_floating(name, label, x)
@@ -311,7 +314,7 @@ def _on_other_devices(
         )
     bounds = cu_seqlens.tolist()
     outs, states = [torch.zeros_like(u[:, :, : bounds[0]])], []
-    for s, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for s, (begin, end) in enumerate(pairwise(bounds)):
         steps = slice(begin, end)
         out, state = reference.selective_scan(
             u[..., steps], delta[..., steps], A, B[..., steps] if B.dim() == 4 else B,

@@ -1,8 +1,8 @@
 """selective_scan against the step-by-step reference in double, and against itself."""
 
+from itertools import pairwise
 from typing import Any
 
-import longspan
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from checks import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
+import longspan
 from longspan import _C
 from longspan.reference import selective_scan as reference
-from torch import Tensor
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
@@ -132,7 +134,9 @@ def test_half_precision_beside_float32() -> None:
     assert found["d A"].dtype == found["out 1"].dtype == torch.float32
     expected = results(plain, to(torch.float64, tensors))
     assert float((found["out 1"] - expected["out 1"]).abs().max()) < 1e-5
-    assert float((found["out"] - expected["out"]).abs().max()) < 2**-8 * float(expected["out"].abs().max())
+    assert float((found["out"] - expected["out"]).abs().max()) < 2**-8 * float(
+        expected["out"].abs().max()
+    )
 
 
 def complex_inputs(constant: str) -> dict[str, Tensor]:
@@ -171,7 +175,7 @@ def test_gradcheck(constant: str) -> None:
 
 
 def test_gradcheck_complex() -> None:
-    tensors = {n: x for n, x in complex_inputs("B").items()}
+    tensors = complex_inputs("B")
     tensors = {n: x[..., :4] if n in ("u", "delta", "z", "C") else x for n, x in tensors.items()}
     names = list(tensors)
     values = tuple(x.contiguous().requires_grad_() for x in tensors.values())
@@ -202,8 +206,9 @@ def test_decoding_step_by_step_is_the_scan() -> None:
     state = tensors["initial_state"].clone()
     for t in range(out.shape[-1]):
         y = longspan.selective_state_update(
-            state, tensors["u"][..., t], tensors["delta"][..., t], tensors["A"], tensors["B"][:, 0, :, t],
-            tensors["C"][:, 0, :, t], tensors["D"], tensors["z"][..., t], tensors["delta_bias"], True,
+            state, tensors["u"][..., t], tensors["delta"][..., t], tensors["A"],
+            tensors["B"][:, 0, :, t], tensors["C"][:, 0, :, t], tensors["D"], tensors["z"][..., t],
+            tensors["delta_bias"], True,
         )  # fmt: skip
         torch.testing.assert_close(y, out[..., t])
     torch.testing.assert_close(state, last)
@@ -219,7 +224,7 @@ def test_no_decay_is_a_cumulative_sum() -> None:
 def test_steps_of_zero_keep_the_state() -> None:
     tensors = inputs(without=("delta_bias",))
     tensors["delta"] = torch.zeros_like(tensors["delta"])
-    out, last = longspan.selective_scan(**tensors, return_final_state=True)
+    _, last = longspan.selective_scan(**tensors, return_final_state=True)
     assert torch.equal(last, tensors["initial_state"])
 
 
@@ -251,7 +256,9 @@ def test_extreme_steps_and_decays(isa: str, dtype: torch.dtype) -> None:
 
 def test_growth_overflows_to_infinity_as_torch() -> None:
     one = torch.ones(1, 1)
-    out = longspan.selective_scan(one[None] * 1.0, 200 * one[None], one, one, one, initial_state=one[None])
+    out = longspan.selective_scan(
+        one[None] * 1.0, 200 * one[None], one, one, one, initial_state=one[None]
+    )
     assert out.item() == torch.inf
 
 
@@ -325,8 +332,11 @@ def test_packed_sequences(lengths: list[int]) -> None:
 
     def apart(**kw: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
-            plain(**slice_time(kw, slice(int(a), int(b))) | {"initial_state": kw["initial_state"][i : i + 1]})
-            for i, (a, b) in enumerate(zip(cu, cu[1:]))
+            plain(
+                **slice_time(kw, slice(int(a), int(b)))
+                | {"initial_state": kw["initial_state"][i : i + 1]}
+            )
+            for i, (a, b) in enumerate(pairwise(cu))
         ]
         return torch.cat([out for out, _ in parts], -1), torch.cat([state for _, state in parts])
 
@@ -394,7 +404,9 @@ def test_checkpointing_and_meta() -> None:
     tensors = inputs(dtype=torch.float32)
     names = list(tensors)
     replayed = results(
-        lambda **kw: checkpoint(lambda *xs: ours(**dict(zip(names, xs))), *kw.values(), use_reentrant=False),
+        lambda **kw: checkpoint(
+            lambda *xs: ours(**dict(zip(names, xs))), *kw.values(), use_reentrant=False
+        ),
         tensors,
     )
     assert_same_bits(replayed, results(ours, tensors))

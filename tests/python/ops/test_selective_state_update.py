@@ -2,17 +2,20 @@
 
 from typing import Any
 
-import longspan
 import pytest
 import torch
 from checks import assert_raises
-from longspan.reference import selective_scan as reference
 from torch import Tensor
+
+import longspan
+from longspan.reference import selective_scan as reference
 
 Inputs = dict[str, Any]
 
 
-def by_heads(batch: int = 3, heads: int = 4, width: int = 20, states: int = 16, groups: int = 2) -> Inputs:
+def by_heads(
+    batch: int = 3, heads: int = 4, width: int = 20, states: int = 16, groups: int = 2
+) -> Inputs:
     wide = (heads, width)
     return {
         "state": torch.randn(batch, *wide, states, dtype=torch.float64),
@@ -156,7 +159,11 @@ def test_gradient_is_refused() -> None:
         ({"A": torch.zeros(4, 20).double()}, ValueError, ["A", "(4, 20)"]),
         ({"B": torch.zeros(3, 3, 16).double()}, ValueError, ["C", "3", "2"]),
         ({"D": torch.zeros(20).double()}, ValueError, ["D", "(20,)"]),
-        ({"state_batch_indices": torch.zeros(2, dtype=torch.int64)}, ValueError, ["state_batch_indices"]),
+        (
+            {"state_batch_indices": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            ["state_batch_indices"],
+        ),
     ],
 )
 def test_wrong_arguments(change: Inputs, kind: type[Exception], parts: list[str]) -> None:
