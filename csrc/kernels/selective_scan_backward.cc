@@ -175,7 +175,7 @@ class Backward {
         if (!p_.b_varies) shape_.load_channels(p_.B, g, T(1), w.b);
         if (!p_.c_varies) shape_.load_channels(p_.C, g, kOutputFactor<N>, w.c);
         shape_.recall(piece.chunk + i, g, w.h);
-        chunk(batch, g, t, steps, i > 0, w.e + (k - first) * p_.states * kSize<N>, sums_of(row, k), w);
+        chunk(batch, g, t, steps, w.e + (k - first) * p_.states * kSize<N>, sums_of(row, k), w);
       }
       __builtin_memcpy(varying_of(slab, group, batch * p_.steps + t), w.varying,
                        size_t(steps * varying_) * sizeof(T));
@@ -189,12 +189,9 @@ class Backward {
   }
 
   /// delta, z and d_out of a chunk, and what follows from them alone.
-  void load_chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, bool more,
-                  const Workspace& w) const {
+  void load_chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) const {
     const auto fetch = [&](const ScanTensor& x, T* out) {
-      const Rows rows = channel_rows(x, batch).from(g.channel, t);
-      if (more) prefetch_steps(rows.from(0, -shape_.chunk), g.lanes, shape_.chunk);
-      load_steps<T>(rows, g.lanes, steps, out, L);
+      load_steps<T>(channel_rows(x, batch).from(g.channel, t), g.lanes, steps, out, L);
     };
     fetch(p_.delta, w.raw);
     fetch(d_.d_out, w.d_out);
@@ -214,12 +211,10 @@ class Backward {
   }
 
   /// One chunk of one lane group; w.h holds the state before it, e what comes back from after it.
-  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, bool more, T* e, T* sums,
+  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, T* e, T* sums,
              const Workspace& w) const {
-    load_chunk(batch, g, t, steps, more, w);
-    const Rows u_rows = channel_rows(p_.u, batch).from(g.channel, t);
-    if (more) prefetch_steps(u_rows.from(0, -shape_.chunk), g.lanes, shape_.chunk);
-    load_steps<T>(u_rows, g.lanes, steps, w.u, L);
+    load_chunk(batch, g, t, steps, w);
+    load_steps<T>(channel_rows(p_.u, batch).from(g.channel, t), g.lanes, steps, w.u, L);
     const Vec<T> skip = shape_.per_channel(p_.D, g);
     for (int64_t i = 0; i < steps * L; i += L) {
       const Vec<T> u = load(w.u + i);
@@ -364,7 +359,7 @@ class Backward {
     Vec<T> sum = {};
     for (int64_t i = ceil_div(piece.end - piece.begin, shape_.chunk) - 1; i >= 0; --i) {
       const int64_t t = piece.begin + i * shape_.chunk, steps = min_of(shape_.chunk, piece.end - t);
-      load_chunk(batch, g, t, steps, i > 0, w);
+      load_chunk(batch, g, t, steps, w);
       if (p_.c_varies) shape_.load_varying(p_.C, batch, g.group, t, steps, kOutputFactor<N>, w.c);
       for (int64_t s = 0; s < steps * L; s += L) sum += load(w.step + s);
       p_.c_varies ? send_back(w, Varying<N>{w.c, shape_.row}, out, steps)

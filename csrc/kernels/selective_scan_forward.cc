@@ -8,10 +8,10 @@
 // second and core from registers, where the exponential alone, streamed, runs at 10.4.
 //
 // A task is a piece of time of a lane group's channels. Where those are fewer than a small machine has
-// cores, states are shared out too (their outputs are added up in a second pass; no exponential is
-// calculated twice), and then time: every piece but the first is scanned from zero, the states
-// between pieces follow from the decay over a whole piece, exp(A sum D_t), and those pieces are scanned
-// again from there.
+// cores, states are shared out too: their outputs are added up in a second pass, but no exponential is
+// calculated twice, which on two cores would eat all that they gain. Only where that leaves a single
+// task is time shared out: every piece but the first is scanned from zero, the states between pieces
+// follow from the decay over a whole piece, exp(A sum D_t), and those pieces are scanned again.
 
 #include "kernels/selective_scan_steps.h"
 #include "kernels/table.h"
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kEnoughTasks = 4;  // constants: results must not depend on the machine
 constexpr int64_t kMostPieces = 8;
 constexpr int64_t kLeastSteps = 512;  // of a piece
-constexpr int64_t kStatesPerTask = 4;
+constexpr int64_t kStatesPerTask = 8;  // fewer, and what a step costs besides its states weighs in
 
 /// The block of states that fits into registers.
 constexpr int kBlock = LONGSPAN_VECTOR_BYTES == 64 ? 16 : 8;
@@ -38,7 +38,7 @@ class Forward {
     if (scans < kEnoughTasks && p.steps >= 2 * kLeastSteps) {
       splits_ = min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, scans)),
                        max_of<int64_t>(1, p.states / kStatesPerTask));
-      if (scans * splits_ < kEnoughTasks) {
+      if (scans * splits_ == 1) {
         const int64_t steps = max_of(kLeastSteps, ceil_div(p.steps, kMostPieces));
         most_ = round_up(steps, shape_.chunk);
       }
@@ -159,8 +159,6 @@ class Forward {
     for (int64_t t = piece.begin; t < piece.end; t += shape_.chunk, ++chunk_index) {
       const int64_t steps = min_of(shape_.chunk, piece.end - t);
       if (p_.chunk_states && !from_zero) shape_.keep(w.h, chunk_index, g, n0, n1);
-      prefetch_steps(u.from(0, t + shape_.chunk), g.lanes, shape_.chunk);
-      prefetch_steps(delta.from(0, t + shape_.chunk), g.lanes, shape_.chunk);
       load_steps<T>(u.from(0, t), g.lanes, steps, w.step_u, L);
       load_steps<T>(delta.from(0, t), g.lanes, steps, w.step, L);
       T* y = splits_ > 1 ? part_of_y(split, lane_group, piece, t) : w.y;
@@ -225,7 +223,6 @@ class Forward {
     const int64_t batch = p_.cu ? 0 : piece.sequence;
     if (p_.z.data) {
       const Rows z = channel_rows(p_.z, batch).from(g.channel, t);
-      prefetch_steps(z.from(0, shape_.chunk), g.lanes, shape_.chunk);
       load_steps<T>(z, g.lanes, steps, w.z, L);
       for (int64_t i = 0; i < steps * L; i += L) {
         const Vec<T> x = load(w.z + i);

@@ -300,16 +300,6 @@ LS_INLINE void store_steps(const T* in, Rows x, int64_t rows, int64_t steps) {
   if (whole < steps) store_rest<T>(in + whole * kLanes<T>, x.from(0, whole), rows, steps - whole);
 }
 
-/// Ask for the next steps of rows whose time is innermost: a processor follows only so many streams.
-/// Into the second cache, for rows a power of two apart would push each other out of the first.
-LS_INLINE void prefetch_steps(Rows x, int64_t rows, int64_t steps) {
-  if (x.row == 1 || x.time != 1) return;
-  const int64_t line = 64 / size_of(x.dtype);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t t = 0; t < steps; t += line) __builtin_prefetch(x.from(i, t).data, 0, 2);
-  }
-}
-
 // How the work is cut ------------------------------------------------------------------------
 
 /// Up to a vector's width of channels that share B and C.
