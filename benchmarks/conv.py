@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import longspan
 import torch
 from _measure import Bench, Row
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
+
+import longspan
 
 Case = tuple[str, Callable[[Bench], Row]]
 CHANNELS, WIDTH, LENGTH = 1536, 4, 4096

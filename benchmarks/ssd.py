@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import longspan
 import torch
 from _measure import Bench, Row
 from torch import Tensor
+
+import longspan
 
 Case = tuple[str, Callable[[Bench], Row]]
 HEADS, CHANNELS, STATES = 24, 64, 128

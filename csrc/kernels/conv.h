@@ -46,9 +46,9 @@ struct ConvGradients {
 struct ConvState {
   ConvTensor state;                  ///< batch: between rows; time: between slots
   int64_t slots = 0;
-  const int64_t* rows = nullptr;     ///< [batch] or null: whose state each is; below 0: nobody's, out is 0
-  const int64_t* written = nullptr;  ///< [batch] or null: inputs so far, where the slots are a ring; else
-                                     ///< the last slot is the newest and all move up
+  const int64_t* rows = nullptr;  ///< [batch] or null: whose state each is; below 0: nobody's, out is 0
+  const int64_t* written = nullptr;  ///< [batch] or null: inputs so far, where the slots are a ring;
+                                     ///< else the last slot is the newest and all move up
 };
 
 // Called through kernels() (table.h).

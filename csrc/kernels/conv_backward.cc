@@ -95,8 +95,7 @@ class Backward {
       for (int64_t i = 0; i < rows_after; ++i) {
         for (int64_t lane = 0; lane < lanes_after; lane += L) {
           T* at = w.g + (past + i) * kRow + lane;
-          const Vec<T> pre =
-              tiles_.template convolve<kWidth>(w.x, w.weights, sequences, past + i, lane);
+          const Vec<T> pre = tiles_.template convolve<kWidth>(w.x, w.weights, sequences, past + i, lane);
           const Vec<T> s = sigmoid<T>(pre);
           store(at, load(at) * s * (T(1) + pre * (T(1) - s)));
         }
@@ -113,7 +112,8 @@ class Backward {
       }
     } else {
       for (int64_t i = -before; i < b.n; ++i) {
-        for (int64_t lane = 0; lane < b.channels; lane += L) input_gradient(w, sequences, past + i, lane);
+        for (int64_t lane = 0; lane < b.channels; lane += L)
+          input_gradient(w, sequences, past + i, lane);
       }
     }
     if (g_.d_final) add_final(b, channel, w);

@@ -65,7 +65,8 @@ class Forward {
     }
   }
 
-  LS_INLINE void run_row(const Workspace& w, int64_t i, int64_t n, int64_t out, const char* ahead) const {
+  LS_INLINE void run_row(const Workspace& w, int64_t i, int64_t n, int64_t out,
+                         const char* ahead) const {
     // Copies: stores might change the parameters, for all that the compiler knows.
     const IntOf<T>* sequences = p_.seq_idx ? w.sequences : nullptr;
     const T *tile = w.tile, *weights = w.weights;

@@ -107,8 +107,7 @@ class Norm {
     }
   }
 
-  void backward_row(const NormGradients& g, int64_t row, T* normed, T* u, T* d_weight,
-                    T* d_bias) const {
+  void backward_row(const NormGradients& g, int64_t row, T* normed, T* u, T* d_weight, T* d_bias) const {
     const T* rstd = static_cast<const T*>(p_.rstd) + row * groups_;
     for (int64_t k = 0; k < groups_; ++k) {
       const int64_t begin = k * p_.group, end = begin + p_.group;

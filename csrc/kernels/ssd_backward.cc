@@ -181,7 +181,8 @@ class Backward {
 
   /// The gradient of a run's last state, [states][width]; whether there is any.
   bool load_last(const SsdRun& run, int64_t head, T* out, T* other) const {
-    const T* final = run.final >= 0 && g_.d_final ? chunk_.state_at(g_.d_final, run.final, head) : nullptr;
+    const T* final =
+        run.final >= 0 && g_.d_final ? chunk_.state_at(g_.d_final, run.final, head) : nullptr;
     const T* sequence = run.sequence >= 0 && g_.d_sequence_states
                             ? chunk_.state_at(g_.d_sequence_states, run.sequence, head)
                             : nullptr;
@@ -276,8 +277,8 @@ class Backward {
   }
 
   /// One chunk of one head; state (null where zero) is before it, w.d_state behind it.
-  void differentiate(const Place& at, int64_t c, const T* state, bool behind, T* d_rate, T* d_bias, T* dd,
-                     Workspace& w) const {
+  void differentiate(const Place& at, int64_t c, const T* state, bool behind, T* d_rate, T* d_bias,
+                     T* dd, Workspace& w) const {
     const SsdSteps<T>& s = w.steps[c];
     const int64_t n = at.n, width = chunk_.width;
     copy_rows<T>(rows(p_.x, at), n, p_.channels, width, nullptr, w.x);
@@ -295,7 +296,8 @@ class Backward {
     start_dx(at, dd, w);
     for (int64_t i = 0; i < n; i += kStrip) {
       const int64_t count = min_of(kStrip, n - i);
-      Product<Dot>{w.mixed + i * p_.chunk + i, 1, p_.chunk, w.dy + i * width, width, w.dx + i * width, width}
+      Product<Dot>{w.mixed + i * p_.chunk + i, 1,    p_.chunk, w.dy + i * width, width,
+                   w.dx + i * width,           width}
           .template run_as<Start::kAccumulate, false, false>(count, width, n - i);
     }
     const int64_t row = c * p_.chunk * chunk_.state_width;
@@ -478,11 +480,12 @@ class Backward {
     scale_states(p_.c, at, nullptr, w.product);
     for (int64_t t = 0; t < n; t += kStrip) {
       const int64_t count = min_of(kStrip, n - t);
-      Product<Dot>{d_scores + t * p_.chunk, p_.chunk, 1, w.scaled, state_width, dc + t * state_width,
-                   state_width}
+      Product<Dot>{d_scores + t * p_.chunk, p_.chunk,   1, w.scaled, state_width,
+                   dc + t * state_width,    state_width}
           .template run_as<Start::kAccumulate, false, true>(count, state_width, t + count);
-      Product<Dot>{d_scores + t * p_.chunk + t, 1, p_.chunk, w.product + t * state_width, state_width,
-                   db + t * state_width, state_width}
+      Product<Dot>{
+          d_scores + t * p_.chunk + t, 1,          p_.chunk, w.product + t * state_width, state_width,
+          db + t * state_width,        state_width}
           .template run_as<Start::kAccumulate, false, false>(count, state_width, n - t);
     }
     for (int64_t t = 0; t < n; ++t) {

@@ -82,7 +82,8 @@ struct SsdSteps {
 /// Rows of tokens with a unit stride, converted and padded: out [n][width], scaled a row each where
 /// scale is not null.
 template <class T>
-LS_INLINE void copy_rows(TokenRows x, int64_t n, int64_t columns, int64_t width, const T* scale, T* out) {
+LS_INLINE void copy_rows(TokenRows x, int64_t n, int64_t columns, int64_t width, const T* scale,
+                         T* out) {
   constexpr int L = kLanes<T>;
   for (int64_t t = 0; t < n; ++t) {
     const Vec<T> factor = broadcast(scale ? scale[t] : T(1));
@@ -136,8 +137,8 @@ class SsdChunk {
       const int64_t n = min_of(p.chunk, last - t0);
       T* turned = scratch;
       transposed<Dot>(rows(p.b, run.batch, group, t0), n, p.states, turned, p.chunk);
-      const Operand<Dot> c = by_channel<Dot>(rows(p.c, run.batch, group, t0), n, p.states,
-                                             scratch + state_width * p.chunk);
+      const Operand<Dot> c =
+          by_channel<Dot>(rows(p.c, run.batch, group, t0), n, p.states, scratch + state_width * p.chunk);
       T* out = scores_at(scores, run.batch, group, t0);
       for (int64_t t = 0; t < n; t += kStrip) {
         const int64_t count = min_of(kStrip, n - t);
@@ -239,8 +240,7 @@ class SsdChunk {
     }
   }
   T* state_at(const void* states, int64_t index, int64_t head) const {
-    return static_cast<T*>(const_cast<void*>(states)) +
-           (index * p.heads + head) * p.channels * p.states;
+    return static_cast<T*>(const_cast<void*>(states)) + (index * p.heads + head) * p.channels * p.states;
   }
   const T* initial_of(const SsdRun& run, int64_t head) const {
     return run.initial < 0 ? nullptr : state_at(p.initial, run.initial, head);

@@ -57,9 +57,8 @@ class Forward {
     parallel_for(p_.span_count * p_.heads, threads, [&](int64_t task, int thread) {
       own_state(p_.spans[task / p_.heads], task % p_.heads, decays, work(thread));
     });
-    parallel_for(whole, threads, [&](int64_t task, int) {
-      join(p_.runs[task / p_.heads], task % p_.heads, decays);
-    });
+    parallel_for(whole, threads,
+                 [&](int64_t task, int) { join(p_.runs[task / p_.heads], task % p_.heads, decays); });
     parallel_for(p_.span_count * p_.heads, threads, [&](int64_t task, int thread) {
       const SsdSpan& span = p_.spans[task / p_.heads];
       run_span(p_.runs[span.run], span.index, task % p_.heads, scores, work(thread));
@@ -155,7 +154,8 @@ class Forward {
   }
 
   /// One span from the state in w.state, which is moved to the span's end if anyone wants it there.
-  void walk(const SsdRun& run, int64_t k, int64_t head, bool wanted, const T* scores, Workspace w) const {
+  void walk(const SsdRun& run, int64_t k, int64_t head, bool wanted, const T* scores,
+            Workspace w) const {
     const int64_t first = run.begin + k * kSsdSpan, last = min_of(first + kSsdSpan, run.end);
     for (int64_t t0 = first; t0 < last; t0 += p_.chunk) {
       const int64_t n = min_of(p_.chunk, last - t0);
@@ -198,7 +198,8 @@ class Forward {
       for (int64_t c = 0; c < p_.channels; c += L) {
         const int64_t left = p_.channels - c;
         Vec<T> v = load(y + t * chunk_.width + c);
-        if (d) v += (left >= L ? load(d + c) : load_first(d + c, left)) * load(x.data + t * x.stride + c);
+        if (d)
+          v += (left >= L ? load(d + c) : load_first(d + c, left)) * load(x.data + t * x.stride + c);
         if (p_.z.data) {
           const TokenRows z_row = chunk_.rows(p_.z, run.batch, head, t0 + t);
           const Vec<T> z = load_as<T>(z_row.data, p_.dtype, c, left);

@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/norm.h"
+#include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
 
 #define LONGSPAN_EACH_KERNEL(X) \
@@ -20,6 +21,9 @@
   X(conv_update)                \
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
+  X(selective_scan_forward)     \
+  X(selective_scan_backward)    \
+  X(selective_state_update)     \
   X(ssd_forward)                \
   X(ssd_backward)
 

@@ -1,5 +1,6 @@
-// Elementary functions on vectors: 2^x, e^x, tanh, softplus, sigmoid. Accurate to a few units in the last place over
-// the whole range, infinities and NaN as in <cmath>; denormal results may be flushed to zero.
+// Elementary functions on vectors: 2^x, e^x, tanh, softplus, sigmoid, sin and cos. Accurate to a few
+// units in the last place over the whole range, infinities and NaN as in <cmath>; denormal results may
+// be flushed to zero.
 #pragma once
 
 #include "simd/simd.h"
@@ -109,6 +110,33 @@ LS_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
 #endif
 }
 
+/// 2^(a * b) for products of any size and sign: what a scan spends its time on. In float, AVX-512 has
+/// 2^x = 2^q 2^(i/32) (1 + f r(f)) with x = q + f, q a multiple of 1/32 and i its last five bits. Two
+/// registers hold the 32 roots, a quadratic does the rest (5.4e-8, exactly 1 at 0), and the
+/// multiplier, which a scan saturates, has 4 operations of the 5 of exp2_fraction besides a * b.
+template <class T>
+LS_INLINE Vec<T> exp2_product(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    static constexpr float roots[32] = {
+        1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f, 1.13878863f,
+        1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f,
+        1.35425555f, 1.38390988f, 1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f,
+        1.57598085f, 1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470908f,
+        1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+    const Vec<T> x = a * b;
+    // The last bits of x + 1.5 * 2^18 count 32nds; f is x less its nearest 32nd, 0 for infinities.
+    const Vec<T> counted = x + 393216.0f;
+    const Vec<T> f = Vec<T>(_mm512_reduce_ps(__m512(x), 5 << 4 | _MM_FROUND_TO_NEAREST_INT | 8));
+    const Vec<T> root =
+        Vec<T>(_mm512_permutex2var_ps(__m512(load(roots)), __m512i(counted), __m512(load(roots + 16))));
+    const Vec<T> r = f * 2.4022827e-1f + 6.9315732e-1f;
+    return scale_by_power<T>((root * f) * r + root, x - f);
+  }
+#endif
+  return exp2<T>(a * b);
+}
+
 template <class T>
 LS_INLINE Vec<T> exp(Vec<T> x) {
   // e^x = 2^n e^r with r = x - n ln 2 in two parts, so that the product does not lose bits.
@@ -169,8 +197,8 @@ LS_INLINE Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
 
-/// log(1 + e^x), and x where x > 20, as torch has it. With e = e^-|x|, log1p(e) is 2 artanh(e / (2 + e)),
-/// whose series keeps its relative accuracy where the result is small.
+/// log(1 + e^x), and x where x > 20, as torch has it. With e = e^-|x|, log1p(e) is 2 artanh(e / (2 +
+/// e)), whose series keeps its relative accuracy where the result is small.
 template <class T>
 LS_INLINE Vec<T> softplus(Vec<T> x) {
   constexpr int kTerms = sizeof(T) == 4 ? 8 : 18;  // (1/9)^terms is below the rounding
@@ -180,6 +208,64 @@ LS_INLINE Vec<T> softplus(Vec<T> x) {
 #pragma GCC unroll 18
   for (int k = kTerms - 2; k >= 0; --k) series = series * square + T(1) / T(2 * k + 1);
   return select<T>(x > T(20), x, maximum<T>(x, Vec<T>{}) + T(2) * s * series);
+}
+
+/// sin x and cos x: x less its nearest multiple of pi / 2, in three parts, and the Taylor series
+/// there. Lanes beyond the reach of three parts go to libm.
+template <class T>
+LS_INLINE void sin_cos(Vec<T> x, Vec<T>* sin, Vec<T>* cos) {
+  constexpr bool kFloat = sizeof(T) == 4;
+  const T reach = kFloat ? T(8192) : T(1e6);
+  const Vec<T> turns = round_to_int<T>(x * T(0.63661977236758134308));
+  Vec<T> r = x - turns * T(kFloat ? 1.5703125 : 1.57079632673412561417);
+  r = r - turns * T(kFloat ? 4.837512969970703125e-4 : 6.07710050630396597660e-11);
+  r = r - turns * T(kFloat ? 7.549789954891889e-8 : 2.02226624879595063154e-21);
+  const Vec<T> square = r * r;
+  Vec<T> odd = broadcast(T(1)), even = broadcast(T(1));
+#pragma GCC unroll 9
+  for (int k = kFloat ? 5 : 9; k >= 1; --k) {
+    odd = T(1) - square * odd / T(2 * k * (2 * k + 1));
+    even = T(1) - square * even / T(2 * k * (2 * k - 1));
+  }
+  odd = odd * r;
+  const Vec<IntOf<T>> quadrant = __builtin_convertvector(turns, Vec<IntOf<T>>);
+  const Vec<IntOf<T>> swapped = -(quadrant & 1);
+  *sin = select<T>(swapped, even, odd);
+  *cos = select<T>(swapped, odd, even);
+  *sin = select<T>(-((quadrant >> 1) & 1), -*sin, *sin);
+  *cos = select<T>(-(((quadrant + 1) >> 1) & 1), -*cos, *cos);
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (!(x[i] > -reach && x[i] < reach)) {
+      (*sin)[i] = T(__builtin_sin(double(x[i])));
+      (*cos)[i] = T(__builtin_cos(double(x[i])));
+    }
+  }
+}
+
+/// out[i] += the sum of v[i]'s lanes. Each round of interleaving halves the vectors, as in transpose.
+template <class T, int N>
+LS_INLINE void add_sums_of_lanes(Vec<T> (&v)[N], T* out) {
+  constexpr int L = kLanes<T>, kWidth = N < L ? N : L;
+  static_assert((N & (N - 1)) == 0);
+#pragma GCC unroll 8
+  for (int first = 0; first < N; first += kWidth) {
+#pragma GCC unroll 4
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = first; i < first + half; ++i) {
+        v[i] = interleave_low<T>(v[i], v[i + half]) + interleave_high<T>(v[i], v[i + half]);
+      }
+    }
+    alignas(LONGSPAN_VECTOR_BYTES) T lanes[L];
+    store(lanes, v[first]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      T sum = lanes[i];
+#pragma GCC unroll 16
+      for (int j = i + kWidth; j < L; j += kWidth) sum += lanes[j];
+      out[first + i] += sum;
+    }
+  }
 }
 
 }  // namespace longspan::LONGSPAN_ISA

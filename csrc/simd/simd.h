@@ -202,11 +202,51 @@ LS_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
   }
 }
 
+#if defined(__AVX512F__)
+/// 16 by 16: pairs, then pairs of pairs within each quarter of a register, then the quarters. 64
+/// shuffles as below, but each one without an index vector, and two registers at a time.
+LS_INLINE void transpose_16(Vec<float> (&rows)[16]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    Vec<float>* r = rows + i;
+    const Vec<float> a =
+        LS_SHUFFLE(r[0], r[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    const Vec<float> b =
+        LS_SHUFFLE(r[0], r[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    const Vec<float> c =
+        LS_SHUFFLE(r[2], r[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    const Vec<float> d =
+        LS_SHUFFLE(r[2], r[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    r[0] = LS_SHUFFLE(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    r[1] = LS_SHUFFLE(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    r[2] = LS_SHUFFLE(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    r[3] = LS_SHUFFLE(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Vec<float>* r = rows + i;
+    const Vec<float> a = LS_SHUFFLE(r[0], r[4], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const Vec<float> b = LS_SHUFFLE(r[8], r[12], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const Vec<float> c =
+        LS_SHUFFLE(r[0], r[4], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const Vec<float> d =
+        LS_SHUFFLE(r[8], r[12], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    r[0] = LS_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    r[4] = LS_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    r[8] = LS_SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    r[12] = LS_SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+}
+#endif
+
 /// Turns a square of kLanes<T> vectors in place: log2(lanes) rounds of interleaving row i with
 /// row i + lanes / 2 (the perfect shuffle), each round one bit of the index.
 template <class T>
 LS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int L = kLanes<T>;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) return transpose_16(rows);
+#endif
   Vec<T> next[L];
 #pragma GCC unroll 8
   for (int bit = 1; bit < L; bit *= 2) {

@@ -37,8 +37,9 @@ struct Arguments {
 
   Arguments(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, bool silu)
       : x(with_unit_stride(x_)), weight(dense_parameter(weight_, x_)) {
-    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && weight.size(0) == x.size(1) && weight.size(1) >= 1,
-                    "causal_conv1d: shapes of x and weight do not fit");
+    STD_TORCH_CHECK(
+        x.dim() == 3 && weight.dim() == 2 && weight.size(0) == x.size(1) && weight.size(1) >= 1,
+        "causal_conv1d: shapes of x and weight do not fit");
     ConvParams& p = params;
     p.dtype = dtype_of(x, "causal_conv1d: x");
     p.batch = x.size(0), p.channels = x.size(1), p.length = x.size(2), p.width = weight.size(1);
@@ -115,21 +116,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out_, OptionalTenso
   return {dx, d_weight, d_bias, d_initial};
 }
 
-Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, OptionalTensor cache_seqlens,
-              OptionalTensor conv_state_indices, bool silu) {
+Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias,
+              OptionalTensor cache_seqlens, OptionalTensor conv_state_indices, bool silu) {
   Arguments a(x, weight, bias, silu);
   ConvParams& p = a.params;
-  STD_TORCH_CHECK(conv_state.dim() == 3 && conv_state.size(1) == p.channels &&
-                      conv_state.size(2) >= std::max<int64_t>(p.width - 1, 1) &&
-                      conv_state.scalar_type() == x.scalar_type(),
-                  "causal_conv1d_update: conv_state is (rows, channels, at least width - 1), of x's dtype");
-  const std::vector<int64_t> written = integers_of(cache_seqlens), rows = integers_of(conv_state_indices);
-  STD_TORCH_CHECK((!cache_seqlens || int64_t(written.size()) == p.batch) &&
-                      (conv_state_indices ? int64_t(rows.size()) == p.batch : conv_state.size(0) == p.batch),
-                  "causal_conv1d_update: cache_seqlens and conv_state_indices are (batch,)");
+  STD_TORCH_CHECK(
+      conv_state.dim() == 3 && conv_state.size(1) == p.channels &&
+          conv_state.size(2) >= std::max<int64_t>(p.width - 1, 1) &&
+          conv_state.scalar_type() == x.scalar_type(),
+      "causal_conv1d_update: conv_state is (rows, channels, at least width - 1), of x's dtype");
+  const std::vector<int64_t> written = integers_of(cache_seqlens),
+                             rows = integers_of(conv_state_indices);
+  STD_TORCH_CHECK(
+      (!cache_seqlens || int64_t(written.size()) == p.batch) &&
+          (conv_state_indices ? int64_t(rows.size()) == p.batch : conv_state.size(0) == p.batch),
+      "causal_conv1d_update: cache_seqlens and conv_state_indices are (batch,)");
   for (size_t b = 0; b < rows.size(); ++b) {
-    STD_TORCH_CHECK(rows[b] < conv_state.size(0), "causal_conv1d_update: conv_state_indices[", b, "] is ",
-                    rows[b], ", expected a row of conv_state, below ", conv_state.size(0),
+    STD_TORCH_CHECK(rows[b] < conv_state.size(0), "causal_conv1d_update: conv_state_indices[", b,
+                    "] is ", rows[b], ", expected a row of conv_state, below ", conv_state.size(0),
                     ", or a negative number for padding");
   }
   for (size_t b = 0; b < written.size(); ++b) {

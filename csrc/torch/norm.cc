@@ -19,9 +19,9 @@ struct Arguments {
             const OptionalTensor& z_, double eps, int64_t group_size, bool norm_before_gate)
       : x(with_unit_last_stride(x_)), weight(dense_parameter(weight_, x_)) {
     NormParams& p = params;
-    STD_TORCH_CHECK(x.dim() == 2 && weight.numel() == x.size(1) && group_size > 0 &&
-                        x.size(1) % group_size == 0,
-                    "rms_norm_gated: shapes of x and weight do not fit");
+    STD_TORCH_CHECK(
+        x.dim() == 2 && weight.numel() == x.size(1) && group_size > 0 && x.size(1) % group_size == 0,
+        "rms_norm_gated: shapes of x and weight do not fit");
     p.dtype = dtype_of(x, "rms_norm_gated: x");
     p.rows = x.size(0), p.channels = x.size(1), p.group = group_size;
     p.x = rows(x);

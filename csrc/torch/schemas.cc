@@ -53,7 +53,8 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor rstd, float eps, int group_size, bool norm_before_gate) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // x, z (B, L, H, P), dt (B, L, H), B and C (B, L, G, N). -> out, final states (B, H, P, N), states of
-  // the packed sequences (S, H, P, N), states at span boundaries (kernels/ssd.h); empty where not asked for
+  // the packed sequences (S, H, P, N), states at span boundaries (kernels/ssd.h); empty where not asked
+  // for
   m.def(
       "ssd_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int chunk_size, "
@@ -67,4 +68,22 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int chunk_size, bool dt_softplus, "
       "float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+
+  // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
+  // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
+  // each chunk (chunks, N, D), of which there are none unless asked for
+  m.def(
+      "selective_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "bool delta_softplus, bool keep_states) -> (Tensor, Tensor, Tensor)");
+  // -> du, d_delta, dA, dB, dC, dD, dz, d_bias, d_initial_state (empty where there are none)
+  m.def(
+      "selective_scan_backward(Tensor d_out, Tensor? d_last_state, Tensor chunk_states, Tensor u, "
+      "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // state (slots, H, P, N), x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D, dt_bias (H, P)
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> Tensor");
 }

@@ -25,8 +25,8 @@ struct Arguments {
             const OptionalTensor& d_, const OptionalTensor& z_, const OptionalTensor& dt_bias_,
             const OptionalTensor& initial_, const OptionalTensor& seq_idx, const OptionalTensor& cu_,
             int64_t chunk_size, bool softplus, double dt_min, double dt_max)
-      : x(with_unit_last_stride(x_)), dt(dt_), b(with_unit_last_stride(b_)), c(with_unit_last_stride(c_)),
-        a(dense_parameter(a_, x_)), cu(integers_of(cu_)) {
+      : x(with_unit_last_stride(x_)), dt(dt_), b(with_unit_last_stride(b_)),
+        c(with_unit_last_stride(c_)), a(dense_parameter(a_, x_)), cu(integers_of(cu_)) {
     STD_TORCH_CHECK(x.dim() == 4 && dt.dim() == 3 && b.dim() == 4 && c.dim() == 4,
                     "ssd: expected x, B and C of 4 dimensions, dt of 3");
     SsdParams& p = params;
@@ -81,9 +81,11 @@ struct Arguments {
 
  private:
   void check_offsets() const {
-    STD_TORCH_CHECK(params.batch == 1, "ssd: x: expected a batch of 1 beside cu_seqlens, got ", params.batch);
+    STD_TORCH_CHECK(params.batch == 1, "ssd: x: expected a batch of 1 beside cu_seqlens, got ",
+                    params.batch);
     STD_TORCH_CHECK(cu.size() >= 2 && cu.front() == 0 && cu.back() == params.length,
-                    "ssd: cu_seqlens: expected to begin with 0 and to end with the length, ", params.length);
+                    "ssd: cu_seqlens: expected to begin with 0 and to end with the length, ",
+                    params.length);
     for (size_t i = 1; i < cu.size(); ++i) {
       STD_TORCH_CHECK(cu[i] >= cu[i - 1], "ssd: cu_seqlens: expected not to decrease, got ", cu[i],
                       " after ", cu[i - 1]);
@@ -98,12 +100,13 @@ struct Arguments {
     runs.push_back(run);
   }
 
-  /// Runs: each batch row, or each packed sequence, cut where seq_idx changes. Every one of them keeps its
-  /// number as initial, final and sequence; whoever has no such states takes the numbers away.
+  /// Runs: each batch row, or each packed sequence, cut where seq_idx changes. Every one of them keeps
+  /// its number as initial, final and sequence; whoever has no such states takes the numbers away.
   void cut(const OptionalTensor& seq_idx) {
     SsdParams& p = params;
     std::vector<int64_t> index = integers_of(seq_idx);
-    STD_TORCH_CHECK(!seq_idx || int64_t(index.size()) == p.batch * p.length, "ssd: seq_idx is (batch, length)");
+    STD_TORCH_CHECK(!seq_idx || int64_t(index.size()) == p.batch * p.length,
+                    "ssd: seq_idx is (batch, length)");
     for (int64_t s = 0; s < sequences(); ++s) {
       const int64_t row = cu.empty() ? s : 0;
       const int64_t begin = cu.empty() ? 0 : cu[s], end = cu.empty() ? p.length : cu[s + 1];
@@ -114,7 +117,8 @@ struct Arguments {
         from = t;
       }
       const bool last = cu.empty() || s + 1 == sequences();
-      add_run({row, from, end, from == begin && initial ? s : -1, last ? row : -1, cu.empty() ? -1 : s, 0, 0});
+      add_run({row, from, end, from == begin && initial ? s : -1, last ? row : -1, cu.empty() ? -1 : s,
+               0, 0});
     }
     p.runs = runs.data(), p.run_count = int64_t(runs.size());
     p.spans = spans.data(), p.span_count = int64_t(spans.size());
@@ -124,11 +128,13 @@ struct Arguments {
 /// Boundaries that any way of cutting (B, L) into runs can have: known without looking at the values.
 int64_t most_boundaries(const SsdParams& p) { return p.batch * (p.length / kSsdSpan); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, Tensor dt, Tensor a_, Tensor b, Tensor c, OptionalTensor d, OptionalTensor z,
-    OptionalTensor dt_bias, OptionalTensor initial, OptionalTensor seq_idx, OptionalTensor cu_seqlens,
-    int64_t chunk_size, bool softplus, double dt_min, double dt_max, bool return_final_states,
-    bool return_varlen_states, bool keep_boundaries) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor dt, Tensor a_, Tensor b, Tensor c,
+                                                   OptionalTensor d, OptionalTensor z,
+                                                   OptionalTensor dt_bias, OptionalTensor initial,
+                                                   OptionalTensor seq_idx, OptionalTensor cu_seqlens,
+                                                   int64_t chunk_size, bool softplus, double dt_min,
+                                                   double dt_max, bool return_final_states,
+                                                   bool return_varlen_states, bool keep_boundaries) {
   Arguments a(x, dt, a_, b, c, d, z, dt_bias, initial, seq_idx, cu_seqlens, chunk_size, softplus, dt_min,
               dt_max);
   SsdParams& p = a.params;
@@ -157,14 +163,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor d_out_, OptionalTensor d_final, OptionalTensor d_varlen, Tensor boundaries_, Tensor x, Tensor dt,
-    Tensor a_, Tensor b, Tensor c, OptionalTensor d, OptionalTensor z, OptionalTensor dt_bias,
+    Tensor d_out_, OptionalTensor d_final, OptionalTensor d_varlen, Tensor boundaries_, Tensor x,
+    Tensor dt, Tensor a_, Tensor b, Tensor c, OptionalTensor d, OptionalTensor z, OptionalTensor dt_bias,
     OptionalTensor initial, OptionalTensor seq_idx, OptionalTensor cu_seqlens, int64_t chunk_size,
     bool softplus, double dt_min, double dt_max) {
   Arguments a(x, dt, a_, b, c, d, z, dt_bias, initial, seq_idx, cu_seqlens, chunk_size, softplus, dt_min,
               dt_max);
   SsdParams& p = a.params;
-  const Tensor d_out = with_unit_last_stride(d_out_), boundaries = torch::stable::contiguous(boundaries_);
+  const Tensor d_out = with_unit_last_stride(d_out_),
+               boundaries = torch::stable::contiguous(boundaries_);
   STD_TORCH_CHECK(boundaries.numel() >= p.boundary_count * p.heads * p.states * p.channels,
                   "ssd: boundaries: expected what ssd_forward returned with keep_boundaries");
   p.boundaries = const_cast<void*>(boundaries.data_ptr());
@@ -176,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor da = empty_of(x, {p.heads}, sums), d_bias = empty_of(x, {p.heads}, sums);
   Tensor dd = d ? empty_of(x, {p.heads, p.channels}, sums) : empty_of(x, {0}, sums);
   Tensor dz = z ? like_x() : empty_of(x, {0});
-  Tensor d_initial =
-      initial ? empty_of(x, {a.sequences(), p.heads, p.channels, p.states}, sums) : empty_of(x, {0}, sums);
+  Tensor d_initial = initial ? empty_of(x, {a.sequences(), p.heads, p.channels, p.states}, sums)
+                             : empty_of(x, {0}, sums);
   OptionalTensor d_final_dense, d_varlen_dense;
   SsdGradients g;
   if (d_final) {

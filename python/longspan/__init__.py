@@ -43,6 +43,7 @@ from longspan.ops.attention import (  # noqa: E402  (after the checks above)
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.selective_scan import selective_scan, selective_state_update  # noqa: E402
 from longspan.ops.ssd import ssd
 
 __version__ = "0.1.0"
@@ -57,6 +58,8 @@ __all__ = [
     "isa",
     "merge_attention",
     "rms_norm_gated",
+    "selective_scan",
+    "selective_state_update",
     "ssd",
 ]
 

@@ -253,7 +253,8 @@ TEST_CASE("working memory is linear in the sequence length", "[attention]") {
       return double(scratch_peak());
     };
     // From 3072 keys on a head's keys are shared by 16 tasks, however many there are; equal steps of
-    // length then take equal steps of memory, where a square would take 7 / 5 of the first for the second.
+    // length then take equal steps of memory, where a square would take 7 / 5 of the first for the
+    // second.
     const double first = peak(6144) - peak(4096), second = peak(8192) - peak(6144);
     CHECK(first > 0);
     CHECK(second < 1.1 * first);

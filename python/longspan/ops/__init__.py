@@ -8,6 +8,7 @@ from longspan.ops.attention import (
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "causal_conv1d_update",
     "merge_attention",
     "rms_norm_gated",
+    "selective_scan",
+    "selective_state_update",
     "ssd",
 ]

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from longspan.ops._autograd import (
+    OperatorFunction,
     below_autograd,
     overload,
     register_autograd,
     register_not_differentiable,
+    register_once_differentiable,
 )
 from longspan.ops._checks import (
     autocast,
@@ -221,18 +223,16 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 # ---- autograd
 
 
-class _CausalConv1d(torch.autograd.Function):
+class _CausalConv1d(OperatorFunction):
     """longspan::causal_conv1d_forward with its derivative."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(_forward, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.silu, _ = inputs
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(_forward, *args)
+        *tensors, ctx.silu, _ = args
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -252,7 +252,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 register_autograd("causal_conv1d_forward", _CausalConv1d)
-register_not_differentiable("causal_conv1d_backward", "causal_conv1d has no second derivative")
+register_once_differentiable("causal_conv1d_backward")
 register_not_differentiable(
     "causal_conv1d_update", "decoding has no gradient; use causal_conv1d, or no_grad"
 )

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from longspan.ops._autograd import (
+    OperatorFunction,
     below_autograd,
     overload,
     register_autograd,
-    register_not_differentiable,
+    register_once_differentiable,
 )
 from longspan.ops._checks import (
     check_floating,
@@ -120,19 +121,17 @@ def _(
 # ---- autograd
 
 
-class _RmsNormGated(torch.autograd.Function):
+class _RmsNormGated(OperatorFunction):
     """longspan::rms_norm_gated_forward with its derivative."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(_forward, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, z, *ctx.options = inputs
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(_forward, *args)
+        x, weight, bias, z, *ctx.options = args
         ctx.save_for_backward(x, weight, bias, z, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,4 +150,4 @@ class _RmsNormGated(torch.autograd.Function):
 
 
 register_autograd("rms_norm_gated_forward", _RmsNormGated)
-register_not_differentiable("rms_norm_gated_backward", "rms_norm_gated has no second derivative")
+register_once_differentiable("rms_norm_gated_backward")

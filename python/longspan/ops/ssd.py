@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from longspan.ops._autograd import (
+    OperatorFunction,
     below_autograd,
     overload,
     register_autograd,
-    register_not_differentiable,
+    register_once_differentiable,
 )
 from longspan.ops._checks import (
     autocast,
@@ -235,19 +236,18 @@ def _(
 # ---- autograd
 
 
-class _Ssd(torch.autograd.Function):
+class _Ssd(OperatorFunction):
     """longspan::ssd_forward with its derivative."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return below_autograd(_forward, *args[:-1], True)  # the backward needs the boundaries
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.options = inputs[:11], inputs[11:15]
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        # the backward needs the boundaries
+        output = below_autograd(_forward, *args[:-1], True)
+        tensors, ctx.options = args[:11], args[11:15]
         ctx.save_for_backward(output[3], *tensors)
         ctx.mark_non_differentiable(output[3])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -273,4 +273,4 @@ class _Ssd(torch.autograd.Function):
 
 
 register_autograd("ssd_forward", _Ssd)
-register_not_differentiable("ssd_backward", "ssd has no second derivative")
+register_once_differentiable("ssd_backward")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import longspan
 import pytest
 import torch
 from checks import (
@@ -15,8 +14,10 @@ from checks import (
     results,
     to,
 )
-from longspan.reference import norm as reference
 from torch import Tensor
+
+import longspan
+from longspan.reference import norm as reference
 
 CASES = [
     (shape, group, before, gate, bias)

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import longspan
 import pytest
 import torch
 from checks import (
@@ -18,8 +17,10 @@ from checks import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from longspan.reference import ssd as reference
 from torch import Tensor
+
+import longspan
+from longspan.reference import ssd as reference
 
 FLOATS = (torch.float32, torch.float64)
 OPTIONAL = ("D", "z", "dt_bias", "initial_states")

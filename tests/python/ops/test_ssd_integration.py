@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import longspan
 import torch
 from checks import assert_agree, assert_raises, assert_same_bits, results
-from longspan import _C
 from torch import Tensor
+
+import longspan
+from longspan import _C
 
 
 def tensors(batch: int = 1, length: int = 300, heads: int = 2) -> dict[str, Tensor]:
