@@ -35,7 +35,7 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan.ops.attention import (  # noqa: E402  (after the checks above)
+from longspan.ops.attention import (
     attention,
     attention_decode,
     attention_varlen,
@@ -43,7 +43,7 @@ from longspan.ops.attention import (  # noqa: E402  (after the checks above)
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
-from longspan.ops.selective_scan import selective_scan, selective_state_update  # noqa: E402
+from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
 __version__ = "0.1.0"
