@@ -190,7 +190,7 @@ class Forward {
     const bool visible = rules.sequence.all_visible(block.q0, block.q1, k0, k1);
     const bool plain = visible && rules.plain();
     if (!plain) rules.apply(w.scores, w.bias, nullptr, block.q0, block.q1, k0, k1);
-    const T unit = plain ? rules.log2_scale() : T(1);
+    const T unit = plain ? rules.scale * T(kLog2e) : T(kLog2e);
     if (rules.drops) {
       online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);
     } else {

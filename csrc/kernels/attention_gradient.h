@@ -22,7 +22,7 @@ struct QueryRecord {
   using T = typename Dot::Sum;
   E *q_transposed, *d_out_transposed;  ///< [depth][kQueryBlock]
   E *q_copy, *d_out_copy;              ///< by token, padded, where memory does not have the form
-  T* lse;                              ///< [kQueryBlock], in log2, +infinity for rows without keys
+  T* lse;                              ///< [kQueryBlock], +infinity for rows without keys
   T* delta;                            ///< [kQueryBlock]: Delta - d_lse
   double* d_sink;                      ///< [1]
   int64_t* finite;                     ///< [1]: whether q and d_out are
@@ -147,7 +147,7 @@ class AttentionGradient {
       }
       r.delta[i] = sum_of_lanes<T>(sum) - (d_lse ? d_lse[i] : T(0));
       const bool empty = lse[i] == -kInfinity<T>;
-      r.lse[i] = empty ? kInfinity<T> : lse[i] * T(kLog2e);
+      r.lse[i] = empty ? kInfinity<T> : lse[i];
       if (p_.sinks && !empty) {
         d_sink -= __builtin_exp(p_.sinks[at.head] - double(lse[i])) * double(r.delta[i]);
       }
@@ -195,7 +195,7 @@ class AttentionGradient {
   void differentiate(const ScoreRules<T>& rules, const QueryRecord<Dot>& r, const Place& at, int64_t k0,
                      int64_t keys, int64_t columns, const T* derivative, const Workspace& w) const {
     constexpr int L = kLanes<T>;
-    const T unit = kPlain ? rules.log2_scale() : T(1);
+    const T unit = kPlain ? rules.scale : T(1);
     for (int64_t i = 0; i < columns; i += L) {
       const Vec<T> lse = load(r.lse + i), delta = load(r.delta + i);
       for (int64_t k = 0; k < keys; k += 2) {
@@ -210,7 +210,7 @@ class AttentionGradient {
             continue;
           }
           const Vec<T> s = load(w.scores + cell), dp = load(w.d_scores + cell);
-          Vec<T> p = exp2<T>(s * unit - lse);
+          Vec<T> p = exp2<T>((s * unit - lse) * T(kLog2e));
           if constexpr (kPlain) {
             store(w.scores + cell, p);
             store(w.d_scores + cell, p * (dp - delta));

@@ -7,7 +7,8 @@
 //        k1  [  .  .  .        ]      (no sums across lanes), and P^T comes out as the operand
 //        ..                           that V^T P^T reads.
 //
-// and are in units of log2, so that a probability is one exp2.
+// and in natural units: a probability is exp2 of a difference of scores times log2 e, in that order,
+// for the difference is small where the scores need not be.
 #pragma once
 
 #include "kernels/attention_geometry.h"
@@ -46,9 +47,8 @@ struct ScoreRules {
   LS_INLINE bool plain() const {
     return mask.data == nullptr && softcap == T(0) && slope == T(0) && scale > T(0);
   }
-  LS_INLINE T log2_scale() const { return scale * T(kLog2e); }
 
-  /// Raw q.k -> scores in log2, -infinity where the key is not seen. The tile is keys [k0, k1) by
+  /// Raw q.k -> scores, -infinity where the key is not seen. The tile is keys [k0, k1) by
   /// queries [q0, q1), rows kQueryBlock apart; bias is scratch of one tile. Where softcap is on and
   /// derivative is not null, it receives d score / d (scale q.k).
   void apply(T* tile, T* bias, T* derivative, int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
@@ -72,7 +72,6 @@ struct ScoreRules {
         }
         if (slope != T(0)) x -= absolute<T>(lane + T(i - at)) * slope;
         if (mask.data) x += load(bias + (k - k0) * kQueryBlock + i);
-        x *= T(kLog2e);
         const auto seen = (lane + T(i) >= T(clamp(from))) & (lane + T(i) <= T(clamp(to)));
         x = select<T>(seen, x, broadcast(-kInfinity<T>));
         if (mask.data) {  // -infinity hides even a NaN score
