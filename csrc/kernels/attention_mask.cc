@@ -67,6 +67,14 @@ class MaskBackward {
         T* out = static_cast<T*>(d_mask_.data) + b * d_mask_.batch + head * d_mask_.head;
         for (int64_t q = at.q0; q < at.q1; ++q) {
           T* row = out + q * d_mask_.query;
+          if (d_mask_.key == 0) {  // one number for all keys: many small terms, so not one at a time
+            double sum = 0;
+            for (int64_t key = 0; key < k1 - k0; ++key) {
+              sum += double(w.d_scores[key * kQueryBlock + q - at.q0]);
+            }
+            *row += T(sum);
+            continue;
+          }
           for (int64_t key = k0; key < k1; ++key) {
             row[key * d_mask_.key] += w.d_scores[(key - k0) * kQueryBlock + q - at.q0];
           }
