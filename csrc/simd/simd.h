@@ -76,13 +76,13 @@ LS_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 LS_INLINE Vec<T> load_first(const T* p, int64_t n) {
   Vec<T> v = {};
-  __builtin_memcpy(&v, p, size_t(n) * sizeof(T));
+  if (n > 0) __builtin_memcpy(&v, p, size_t(n) * sizeof(T));  // p may be null for none
   return v;
 }
 
 template <class T>
 LS_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
-  __builtin_memcpy(p, &v, size_t(n) * sizeof(T));
+  if (n > 0) __builtin_memcpy(p, &v, size_t(n) * sizeof(T));
 }
 
 template <class T>
