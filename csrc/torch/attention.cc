@@ -113,10 +113,6 @@ struct Arguments {
   }
 };
 
-ScalarType lse_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
                                    OptionalTensor sinks, OptionalTensor slopes, OptionalTensor cu_q,
                                    OptionalTensor cu_k, OptionalTensor ranges, OptionalTensor seed,
@@ -125,7 +121,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   Arguments a(q, k, v, mask, sinks, slopes, cu_q, cu_k, ranges, seed, left, right, sink_tokens, scale,
               softcap, dropout_p);
   Tensor out = empty_heads(q, v.size(3));
-  Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, lse_type(q));
+  Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, sum_type(q));
   a.params.out = heads(out);
   a.params.lse = lse.data_ptr();
   if (a.params.cu_q) {  // rows of no sequence
@@ -151,7 +147,7 @@ struct BackwardArguments : Arguments {
                     const Rest&... rest)
       : Arguments(q_, k_, v_, rest...), d_out(with_unit_last_stride(d_out_)),
         out(with_unit_last_stride(out_)), lse(torch::stable::contiguous(lse_)) {
-    if (d_lse_) d_lse = torch::stable::contiguous(torch::stable::to(*d_lse_, lse_type(q)));
+    if (d_lse_) d_lse = torch::stable::contiguous(torch::stable::to(*d_lse_, sum_type(q)));
     params.out = heads(out);
     params.lse = lse.data_ptr();
     gradients.d_out = heads(d_out);
@@ -188,7 +184,7 @@ Tensor mask_backward(Tensor d_out, OptionalTensor d_lse, Tensor q, Tensor k, Ten
                      double softcap, double dropout_p) {
   BackwardArguments a(d_out, d_lse, q, k, v, out, lse, OptionalTensor(mask), sinks, slopes, cu_q, cu_k,
                       ranges, seed, left, right, sink_tokens, scale, softcap, dropout_p);
-  Tensor d_mask = torch::stable::new_zeros(q, mask.sizes(), lse_type(q));
+  Tensor d_mask = torch::stable::new_zeros(q, mask.sizes(), sum_type(q));
   AttentionMask layout = mask_layout(d_mask);
   layout.dtype = dtype_of(d_mask, "attention: attn_mask");
   kernels().attention_mask_backward(a.params, a.gradients, layout);
@@ -286,7 +282,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   p.left = left, p.right = right, p.sink_tokens = sink_tokens, p.scale = scale, p.softcap = softcap;
   p.threads = threads();
   Tensor out = empty_heads(q, p.value_channels);
-  Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, lse_type(q));
+  Tensor lse = empty_of(q, {q.size(0), q.size(1), q.size(2)}, sum_type(q));
   p.q = heads(q), p.out = heads(out), p.lse = lse.data_ptr();
   Tensor rotated = cos ? empty_heads(q, p.channels) : q;
   c.q_rotated = heads(rotated);

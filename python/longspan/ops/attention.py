@@ -25,6 +25,7 @@ from longspan.ops._checks import (
     check_shape,
     check_tensor,
     has_kernels,
+    sum_dtype,
 )
 from longspan.reference import attention as reference
 
@@ -481,7 +482,7 @@ def _attend(
             q, k, v, attn_mask, alibi_slopes=alibi_slopes, key_ranges=key_ranges, **options
         )
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q), device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=sum_dtype(q), device=q.device)
     for b in range(batch):
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
         keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
@@ -507,13 +508,9 @@ def _empty_heads(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(b, h, t, channels)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("longspan::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return _empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 @torch.library.register_fake("longspan::attention_backward")
@@ -530,12 +527,12 @@ def _(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     attn_mask: Tensor, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(attn_mask.shape, dtype=_lse_dtype(q))
+    return q.new_empty(attn_mask.shape, dtype=sum_dtype(q))
 
 
 @torch.library.register_fake("longspan::attention_decode")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return _empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 # ---- autograd
