@@ -114,7 +114,7 @@ class Backward {
     T *raw, *step, *u, *step_u, *z, *d_out, *dy;  ///< [time][lane]; raw is delta + bias
     T *y, *by_a, *by_b;  ///< sums over states: y, <A, q>, <B, g>
     T *decays, *states;  ///< [time (and one before)][kBlock][part][lane]
-    T* varying;  ///< [time][varying_]: this chunk's dB and dC
+    T* varying;  ///< this chunk's dB and dC: [block of states][time][dB, dC][state][part]
   };
 
   Workspace lay_out(Arena& arena) const {
@@ -196,8 +196,7 @@ class Backward {
         }
         chunk(batch, g, t, steps, w.e + (k - first) * p_.states * kSize<N>, sums_of(row, k), ahead, w);
       }
-      __builtin_memcpy(varying_of(slab, group, batch * p_.steps + t), w.varying,
-                       size_t(steps * varying_) * sizeof(T));
+      store_varying_sums(w, steps, varying_of(slab, group, batch * p_.steps + t));
     }
     if (piece.first && d_.d_initial.data) {
       for (int64_t k = first; k < end; ++k) {
@@ -295,12 +294,14 @@ class Backward {
       if constexpr (!B::kVaries) db[k] = load_state<N>(db_of(sums), n0 + k);
       if constexpr (!C::kVaries) dc[k] = load_state<N>(dc_of(sums), n0 + k);
     }
-    for (int64_t t = steps - 1; t >= 0; --t) {
+    // So many steps together as fill a vector with sums over channels.
+    constexpr int kSums = 2 * K * N::kParts, kSteps = K < kBlock || kSums >= L ? 1 : L / kSums;
+    T* varying = w.varying + steps * 2 * N::kParts * n0;
+    const auto back = [&](int64_t t, Vec<T>* over_channels) LS_INLINE_LAMBDA {
       ahead.touch();
       const Vec<T> dy = load(w.dy + t * L), step = load(w.step + t * L);
       const Vec<T> step_u = load(w.step_u + t * L);
       Vec<T> by_a = load(w.by_a + t * L), by_b = load(w.by_b + t * L);
-      Vec<T> over_channels[2 * K * N::kParts];  // [dB, dC][state][part]
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
         const N a = load_state<N>(w.decays, t * K + k);
@@ -319,9 +320,21 @@ class Backward {
       }
       store(w.by_a + t * L, by_a);
       store(w.by_b + t * L, by_b);
+    };
+    int64_t t = steps;
+    for (; t >= kSteps; t -= kSteps) {
+      Vec<T> over_channels[kSteps * kSums];  // [step][dB, dC][state][part]
+#pragma GCC unroll 4
+      for (int s = kSteps - 1; s >= 0; --s) back(t - kSteps + s, over_channels + s * kSums);
       if constexpr (B::kVaries || C::kVaries) {
-        add_sums_of_lanes<T>(over_channels, w.varying + t * varying_ + 2 * N::kParts * n0);
+        add_sums_of_lanes<T>(over_channels, varying + (t - kSteps) * kSums);
       }
+    }
+    for (; t > 0; --t) {
+      Vec<T> over_channels[kSums];
+      back(t - 1, over_channels);
+      if constexpr (B::kVaries || C::kVaries)
+        add_sums_of_lanes<T>(over_channels, varying + (t - 1) * kSums);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
@@ -332,10 +345,21 @@ class Backward {
     }
   }
 
-  template <int M>
-  LS_INLINE static void put(Vec<T> (&vectors)[M], int i, N x) {
+  LS_INLINE static void put(Vec<T>* vectors, int i, N x) {
     vectors[i * N::kParts] = x.re;
     if constexpr (N::kParts == 2) vectors[i * 2 + 1] = x.im;
+  }
+
+  /// A chunk's dB and dC to [time][block of states][dB, dC][state][part].
+  void store_varying_sums(const Workspace& w, int64_t steps, T* out) const {
+    const T* from = w.varying;
+    for (int64_t n = 0; n < p_.states;) {
+      const int64_t block = n + kBlock <= p_.states ? kBlock : 1, sums = 2 * block * N::kParts;
+      for (int64_t t = 0; t < steps; ++t, from += sums) {
+        __builtin_memcpy(out + t * varying_ + 2 * n * N::kParts, from, size_t(sums) * sizeof(T));
+      }
+      n += block;
+    }
   }
 
   /// Where state n's dB (which = 0) or dC (1) lies among varying_: blocks as `chunk` takes them.

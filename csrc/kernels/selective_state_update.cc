@@ -12,8 +12,9 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kLeastStates = 1 << 15;  // a thread is not worth its start below
+constexpr int64_t kStatesPerTask = 1 << 16;
 constexpr int64_t kAhead =
-    4096;  // bytes of state to ask for early: the window of instructions sees 1 KB
+    2048;  // bytes of state to ask for early: the window of instructions sees 1 KB
 
 template <class T>
 class StateUpdate {
@@ -24,16 +25,21 @@ class StateUpdate {
   explicit StateUpdate(const StateUpdateParams& p) : p_(p), row_(round_up(p.states, L)) {}
 
   void run() {
-    const int64_t blocks = ceil_div(p_.channels, kChannels), tasks = p_.batch * p_.heads * blocks;
-    if (tasks == 0) return;
+    const int64_t blocks = ceil_div(p_.channels, kChannels), all = p_.batch * p_.heads * blocks;
+    if (all == 0) return;
+    // A task is so long a run of blocks that what is asked for ahead is mostly its own.
+    const int64_t run = max_of<int64_t>(1, kStatesPerTask / (kChannels * p_.states));
+    const int64_t tasks = ceil_div(all, run);
     const int64_t worth = p_.batch * p_.heads * p_.channels * p_.states / kLeastStates;
     const int threads = threads_for(tasks, int(min_of<int64_t>(p_.threads, max_of<int64_t>(1, worth))));
     Scratch scratch(threads * 2 * row_ * int64_t(sizeof(T)));
-    parallel_for(tasks, threads, [&](int64_t i, int thread) {
+    parallel_for(tasks, threads, [&](int64_t task, int thread) {
       T* b = reinterpret_cast<T*>(scratch.at(0)) + thread * 2 * row_;
-      const int64_t channel = i % blocks * kChannels, head = i / blocks % p_.heads;
-      update(i / blocks / p_.heads, head, channel, min_of(channel + kChannels, p_.channels), b,
-             b + row_);
+      for (int64_t i = task * run; i < min_of((task + 1) * run, all); ++i) {
+        const int64_t channel = i % blocks * kChannels, head = i / blocks % p_.heads;
+        update(i / blocks / p_.heads, head, channel, min_of(channel + kChannels, p_.channels), b,
+               b + row_);
+      }
     });
   }
 
@@ -69,7 +75,7 @@ class StateUpdate {
       alignas(LONGSPAN_VECTOR_BYTES) T y[L];
       store(y, x * load_parameter(p_.D, head, i, lanes));
       alignas(LONGSPAN_VECTOR_BYTES) T steps[L], step_x[L];
-      store(steps, step);
+      store(steps, step * T(kLog2e));  // decays are powers of two
       store(step_x, step * x);
       const ScanTensor state =
           moved(p_.state, slot * p_.state.batch + head * p_.state.time + i * p_.state.channel);
@@ -79,18 +85,18 @@ class StateUpdate {
       const bool plain = state.state == 1 && p_.states % L == 0;
       if (A.state == 0) {  // one decay for all states of a channel, as Mamba-2 has it
         alignas(LONGSPAN_VECTOR_BYTES) T decays[L];
-        store(decays, exp2_product<T>(load_lanes<T>(A, 0, A.channel, lanes) * T(kLog2e), step));
+        store(decays, exp2_product<T>(load_lanes<T>(A, 0, A.channel, lanes), load(steps)));
         const auto decay = [&](int64_t k, int64_t) { return broadcast(decays[k]); };
         channels(plain, state, lanes, step_x, b, c, y, decay);
       } else if (plain && A.state == 1 && (sizeof(T) == 8 || A.dtype == Dtype::kFloat)) {
         const T* a = static_cast<const T*>(A.data);
         channels(true, state, lanes, step_x, b, c, y, [&](int64_t k, int64_t n) {
-          return exp2_product<T>(load(a + k * A.channel + n) * T(kLog2e), broadcast(steps[k]));
+          return exp2_product<T>(load(a + k * A.channel + n), broadcast(steps[k]));
         });
       } else {
         channels(plain, state, lanes, step_x, b, c, y, [&](int64_t k, int64_t n) {
           const Vec<T> a = load_lanes<T>(A, k * A.channel + n * A.state, A.state, p_.states - n);
-          return exp2_product<T>(a * T(kLog2e), broadcast(steps[k]));
+          return exp2_product<T>(a, broadcast(steps[k]));
         });
       }
       Vec<T> out = load(y);
@@ -118,6 +124,13 @@ class StateUpdate {
                           const T* b, const T* c, T* y, const Decay& decay) const {
     Vec<T> sums[L];
     const auto each = [&](const auto& update) {
+      if (lanes == L && p_.states == L) {  // as Mamba mostly has it: no inner loop
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < L; ++k) {
+          sums[k] = update(k * state.channel, 0, decay(k, 0), load(b) * step_x[k]);
+        }
+        return;
+      }
       for (int64_t k = 0; k < L; ++k) {
         Vec<T> sum = {};
         for (int64_t n = 0; k < lanes && n < p_.states; n += L) {

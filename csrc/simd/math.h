@@ -256,6 +256,10 @@ LS_INLINE void add_sums_of_lanes(Vec<T> (&v)[N], T* out) {
         v[i] = interleave_low<T>(v[i], v[i + half]) + interleave_high<T>(v[i], v[i + half]);
       }
     }
+    if constexpr (kWidth == L) {  // then a lane is a sum
+      store(out + first, load(out + first) + v[first]);
+      continue;
+    }
     alignas(LONGSPAN_VECTOR_BYTES) T lanes[L];
     store(lanes, v[first]);
 #pragma GCC unroll 16

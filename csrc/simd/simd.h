@@ -18,6 +18,7 @@
 #endif
 
 #define LS_INLINE inline __attribute__((always_inline))
+#define LS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace longspan::LONGSPAN_ISA {
 
