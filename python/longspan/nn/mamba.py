@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.nn._again import computed_again
 from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
@@ -39,6 +40,9 @@ class Mamba(MambaBase):
         dt_scale: See there.
         conv_bias: A bias in conv1d.
         bias: Biases in in_proj and out_proj.
+        use_fast_path: In training, let the backward compute the convolution's output and the step sizes
+            again, as mamba-ssm's fused path does, rather than keep them, 2 of 5 numbers a channel and
+            step. Results are the same bits.
         layer_idx: Names this layer's states in ``inference_params``.
         device, dtype: Of the parameters; A_log and D are float32 at least, as in mamba-ssm.
 
@@ -133,8 +137,8 @@ class Mamba(MambaBase):
                 mamba-ssm's generation has it. At offset 0 a prompt is read and the states after it are
                 stored under ``layer_idx``; later the states go on from there, by a token or by several.
                 No gradient goes into or out of stored states.
-            cu_seqlens: (S + 1,) int32 or int64: the row (B is 1) is S sequences one after the other, each
-                of which begins anew. With ``inference_params``, the states of all S are stored.
+            cu_seqlens: (S + 1,) int32 or int64: the row (B is 1) is S sequences one after the other,
+                each of which begins anew. With ``inference_params``, the states of all S are stored.
 
         Returns:
             (B, L, d_model).
@@ -162,12 +166,16 @@ class Mamba(MambaBase):
                 conv_past, ssm_past = (state.clone() for state in states)
         x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
         u = self._conv(x, seq_idx, conv_past)
-        delta, B, C = self._selection(u)
-        A = -torch.exp(self.A_log.to(sum_dtype(u)))
-        y, last = selective_scan(
-            u, delta, A, B, C, as_parameter(self.D, u), z, as_parameter(self.dt_proj.bias, u), True,
-            initial_state=ssm_past, return_final_state=True, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        again = (u, lambda: self._conv(x, seq_idx, conv_past))
+        with computed_again(again, enabled=self.use_fast_path):
+            dt, B, C = self._selection(u)
+        delta = self._step_sizes(dt)
+        with computed_again(again, (delta, lambda: self._step_sizes(dt)), enabled=self.use_fast_path):
+            y, last = selective_scan(
+                u, delta, self._decay(u), B, C, as_parameter(self.D, u), z,
+                as_parameter(self.dt_proj.bias, u), True, initial_state=ssm_past,
+                return_final_state=True, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
         if states is not None:
             self._store(states, x, last, cu_seqlens, goes_on=conv_past is not None)
         return self.out_proj(y.transpose(1, 2))
@@ -199,21 +207,24 @@ class Mamba(MambaBase):
         self._check_states(hidden_states.shape[0], conv_state, ssm_state)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         u = self._conv_step(x, conv_state)
-        delta, B, C = (y.squeeze(2) for y in self._selection(u.unsqueeze(2)))
-        A = -torch.exp(self.A_log.to(sum_dtype(u)))
+        dt, B, C = (y.squeeze(2) for y in self._selection(u.unsqueeze(2)))
         y = selective_state_update(
-            ssm_state, u, delta, A, B, C, as_parameter(self.D, u), z, as_parameter(self.dt_proj.bias, u),
-            True,
+            ssm_state, u, nn.functional.linear(dt, self.dt_proj.weight), self._decay(u), B, C,
+            as_parameter(self.D, u), z, as_parameter(self.dt_proj.bias, u), True,
         )  # fmt: skip
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
     def _selection(self, u: Tensor) -> tuple[Tensor, ...]:
-        """u (B, D, L) -> step sizes (B, D, L) without their bias, B and C (B, N, L)."""
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split(
-            [self.dt_rank, self.d_state, self.d_state], dim=-1
-        )
-        delta = nn.functional.linear(dt, self.dt_proj.weight)
-        return delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+        """u (B, D, L) -> dt (B, rank, L), B and C (B, N, L)."""
+        widths = [self.dt_rank, self.d_state, self.d_state]
+        return self.x_proj(u.transpose(1, 2)).transpose(1, 2).split(widths, dim=1)
+
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        """dt (B, rank, L) -> (B, D, L), without the bias, which the scan adds in float32."""
+        return nn.functional.linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)
+
+    def _decay(self, u: Tensor) -> Tensor:
+        return -torch.exp(self.A_log.to(sum_dtype(u)))
 
     def extra_repr(self) -> str:
         """The options that the parameters do not show."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
+from longspan.nn._again import computed_again
 from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
@@ -48,7 +49,9 @@ class Mamba2(MambaBase):
         dt_limit: Least and greatest step size after softplus, in `forward` and in `step`.
         bias: Biases in in_proj and out_proj.
         conv_bias: A bias in conv1d.
-        chunk_size: Of `longspan.ssd`; changes speed, and results by rounding only.
+        chunk_size: Of `longspan.ssd`: 16 to 256, changes speed, and results by rounding only.
+        use_mem_eff_path: In training, let the backward compute the convolution's output again, as
+            mamba-ssm's fused path does, rather than keep it. Results are the same bits.
         layer_idx: Names this layer's states in ``inference_params``.
         process_group, sequence_parallel: mamba-ssm's tensor parallelism, which is not there: None.
         device, dtype: Of the parameters; D is float32 at least, as in mamba-ssm.
@@ -82,7 +85,7 @@ class Mamba2(MambaBase):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         bias: bool = False,
         conv_bias: bool = True,
-        chunk_size: int = 256,
+        chunk_size: int = 64,
         use_mem_eff_path: bool = True,
         layer_idx: int | None = None,
         process_group: Any = None,
@@ -170,8 +173,8 @@ class Mamba2(MambaBase):
             u: (B, L, d_model), or with ``seqlen`` (B * L, d_model).
             seqlen: L.
             seq_idx: (B, L) integers: a sequence begins anew where the number changes.
-            cu_seqlens: (S + 1,) int32 or int64: the row (B is 1) is S sequences one after the other, each
-                of which begins anew, without ``seq_idx`` too (mamba-ssm needs both). With
+            cu_seqlens: (S + 1,) int32 or int64: the row (B is 1) is S sequences one after the other,
+                each of which begins anew, without ``seq_idx`` too (mamba-ssm needs both). With
                 ``inference_params``, the states of all S are stored.
             inference_params: An object with ``seqlen_offset`` and the dict ``key_value_memory_dict``, as
                 mamba-ssm's generation has it. At offset 0 a prompt is read and the states after it are
@@ -210,16 +213,21 @@ class Mamba2(MambaBase):
                     return self.step(u, *states)[0]
                 conv_past, ssm_past = (state.clone() for state in states)
         mlp, z, xBC, dt = self._split(self.in_proj(u))
-        x, B, C = self._heads(self._conv(xBC.transpose(1, 2), conv_seq_idx, conv_past).transpose(1, 2))
-        y, *last = ssd(
-            x, dt, -torch.exp(self.A_log.to(sum_dtype(x))), B, C, chunk_size=self.chunk_size,
-            D=self._skip(x), z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
-            dt_bias=as_parameter(self.dt_bias, x), dt_softplus=True, dt_limit=self.dt_limit,
-            initial_states=ssm_past, return_final_states=cu_seqlens is None, seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens, return_varlen_states=cu_seqlens is not None,
-        )  # fmt: skip
+        xBC = xBC.transpose(1, 2)
+        conv = self._conv(xBC, conv_seq_idx, conv_past)
+        x, B, C = self._heads(conv.transpose(1, 2))
+        with computed_again(
+            (conv, lambda: self._conv(xBC, conv_seq_idx, conv_past)), enabled=self.use_mem_eff_path
+        ):
+            y, *last = ssd(
+                x, dt, self._decay(x), B, C, chunk_size=self.chunk_size, D=self._skip(x),
+                z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
+                dt_bias=as_parameter(self.dt_bias, x), dt_softplus=True, dt_limit=self.dt_limit,
+                initial_states=ssm_past, return_final_states=cu_seqlens is None, seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens, return_varlen_states=cu_seqlens is not None,
+            )  # fmt: skip
         if states is not None:
-            self._store(states, xBC.transpose(1, 2), last[0], cu_seqlens, goes_on=conv_past is not None)
+            self._store(states, xBC, last[0], cu_seqlens, goes_on=conv_past is not None)
         return self._finish(y.flatten(-2), z, mlp)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, ...]:
@@ -252,8 +260,7 @@ class Mamba2(MambaBase):
         bias, limited = as_parameter(self.dt_bias, x), self.dt_limit != (0.0, math.inf)
         if limited:
             dt = softplus(dt + bias).clamp(*self.dt_limit)
-        A = -torch.exp(self.A_log.to(sum_dtype(x)))
-        D = self._skip(x)
+        A, D = self._decay(x), self._skip(x)
         y = selective_state_update(
             ssm_state, x, dt[..., None].expand(x.shape), A[:, None, None].expand(self.state_shape), B, C,
             D if self.D_has_hdim else D[:, None].expand(x.shape[1:]),
@@ -279,6 +286,9 @@ class Mamba2(MambaBase):
             B.unflatten(-1, groups),
             C.unflatten(-1, groups),
         )
+
+    def _decay(self, x: Tensor) -> Tensor:
+        return -torch.exp(self.A_log.to(sum_dtype(x)))
 
     def _skip(self, x: Tensor) -> Tensor:
         D = as_parameter(self.D, x)
