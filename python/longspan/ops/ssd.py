@@ -209,7 +209,7 @@ def _(
         x.new_empty(x.shape),
         states(return_final_states, batch, heads, channels, B.shape[3]),
         states(return_varlen_states, sequences, heads, channels, B.shape[3]),
-        states(keep_boundaries, batch * (length // _SPAN), heads, B.shape[3], channels),
+        states(keep_boundaries, batch * (length // _SPAN + 1), heads, B.shape[3], channels),
     )
 
 
