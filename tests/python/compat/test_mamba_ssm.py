@@ -204,7 +204,7 @@ def test_inner_is_the_layer() -> None:
 
 def test_inner_checkpoint_level_changes_no_bit() -> None:
     layer = longspan.nn.Mamba(64)
-    xz = layer.in_proj(torch.randn(1, 1500, 64)).detach().transpose(1, 2).requires_grad_()
+    xz = layer.in_proj(torch.randn(1, 3000, 64)).detach().transpose(1, 2).requires_grad_()
 
     def gradients(level: int, autocast: bool) -> dict[str, Tensor]:
         layer.zero_grad()
