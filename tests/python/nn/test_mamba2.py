@@ -217,8 +217,11 @@ def test_states_hold_no_graph_and_steps_have_no_gradient() -> None:
     out = out.sum() + layer(x[:, 3:], inference_params=context).sum()
     assert not any(state.requires_grad for state in context.key_value_memory_dict[0])
     out.backward()
+    before = [state.clone() for state in context.key_value_memory_dict[0]]
+    layer.requires_grad_(False).out_proj.requires_grad_(True)  # asked for after the states' part
     with pytest.raises(RuntimeError, match="no gradient"):
         layer(x[:, :1], inference_params=context)
+    assert all(map(torch.equal, before, context.key_value_memory_dict[0]))
 
 
 # ---- packing
