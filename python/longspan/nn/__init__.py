@@ -1,5 +1,8 @@
 """Modules for an ordinary training loop: autograd, autocast, torch.compile, state_dict."""
 
 from longspan.nn.attention import Attention, KVCache
+from longspan.nn.mamba import Mamba
+from longspan.nn.mamba2 import Mamba2
+from longspan.nn.norm import RMSNormGated
 
-__all__ = ["Attention", "KVCache"]
+__all__ = ["Attention", "KVCache", "Mamba", "Mamba2", "RMSNormGated"]
