@@ -141,17 +141,13 @@ def test_a_cache_that_records_its_past(name):
     assert_same_states(caches[1], caches[0])
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
 @torch.no_grad()
 def test_a_cache_is_reset_and_used_again(name):
     model, ids = make(name), tokens(2, LENGTH)
     longspan.hf.accelerate(model)
     expected, cache = in_chunks(model, ids, (20, 1))
-    for layer in cache.layers:
-        if hasattr(layer, "conv_states"):
-            layer.reset()
-    if any(hasattr(layer, "keys") for layer in cache.layers):
-        return  # a dynamic cache of keys does not become empty by a reset
+    cache.reset()
     got = model(ids[:, :20], cache=cache, use_cache=True).logits
     torch.testing.assert_close(got, expected[:, :20], **CLOSE)
 
