@@ -116,14 +116,15 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
     - Several steps after a cache (a prompt in chunks) go on from its state in Mamba-1 layers too,
       where transformers begins with zero.
     - A single step keeps to ``time_step_limit`` in Mamba-2 layers, as the whole sequence does.
-    - Packed sequences (``seq_idx``, or ``cu_seq_lens_q``), where the model hands them to its layers,
-      are kept apart, where the torch path raises or ignores them.
+    - Packed sequences (``seq_idx`` or ``cu_seq_lens_q``) are kept apart, where the torch path raises
+      or ignores them, if the model hands these to its layers: MambaForCausalLM, Mamba2ForCausalLM
+      (unlike Mamba2Model), FalconMamba and Jamba do not.
     - float64 models calculate in float64 throughout.
 
     Padding counts as a step with zero input, as in transformers, and lets a state decay: pad on the
-    left where a cache shall be continued. In a model on a device without kernels the layers run on
-    the operators' plain torch reference. Call it before torch.compile, which does not see a change
-    in what it has compiled.
+    left where a cache shall be continued. On a device without kernels the layers run on the
+    operators' plain torch reference. A model may be compiled before or after, in one graph: the next
+    call compiles what is there then.
 
     Args:
         model: A transformers model, or any module with such layers in it.

@@ -99,7 +99,7 @@ def test_training_mode_without_a_cache_or_a_mask(name):
 @pytest.mark.parametrize("name", ALL)
 def test_the_padded_are_not_seen_even_if_nan(name):
     """A padded token's embedding reaches nothing: masks select, where transformers multiplies."""
-    model, ids, mask = make(name), tokens(2, LENGTH), padding("left", 2, LENGTH)
+    model, mask = make(name), padding("left", 2, LENGTH)
     longspan.hf.accelerate(model)
     where = mask.bool()
     mixer = next(m for n, m in model.named_modules() if n.endswith(("mixer", "mamba")))

@@ -113,7 +113,7 @@ def test_decoding_without_no_grad(name):
     for key, p in model.named_parameters():
         expected_grads[key] = p.grad.clone()
         p.grad = None
-    got, cache = in_chunks(model, ids, (20, 4, 1, 1, 3))
+    got, _ = in_chunks(model, ids, (20, 4, 1, 1, 3))
     torch.testing.assert_close(got, expected, **CLOSE)
     # The gradient reaches back through the states, over every chunk.
     got[:, 20:].square().sum().backward()

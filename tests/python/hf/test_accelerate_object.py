@@ -26,9 +26,9 @@ def mixers(model):
 
 
 def runs_on_longspan(model):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        with torch.no_grad():
-            model(tokens(1, 4))
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profile, torch.no_grad():
+        model(tokens(1, 4))
     return any(event.key.startswith("longspan::") for event in profile.key_averages())
 
 
@@ -174,6 +174,16 @@ def test_hooks_taken_off_again():
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
     ours.undo()
     assert not runs_on_longspan(model)
+
+
+def test_a_compiled_model_sees_the_change(fresh_compiler):
+    model = make("mamba2")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled.config.use_cache = False
+    assert not runs_on_longspan(compiled)
+    with longspan.hf.accelerate(compiled):
+        assert runs_on_longspan(compiled)
+    assert not runs_on_longspan(compiled)
 
 
 class Adapted(nn.Module):
