@@ -13,6 +13,7 @@ import longspan.hf
 
 LENGTH = 37  # no multiple of a chunk
 CLOSE = {"atol": 5e-5, "rtol": 5e-5}  # of logits up to 5
+SLOWLY_COMPILED = [name for name in ALL if name not in ("mamba", "bamba")]
 
 
 class Operators(TorchDispatchMode):
@@ -128,7 +129,7 @@ def parts_of(logits, grads):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_is_no_worse_than_the_torch_path(name, dtype):
     """flash-attention's rule: errors against float32 at most twice the torch path's.
@@ -195,7 +196,9 @@ def test_gradient_checkpointing():
         assert_gradients_agree(grads, expected_grads)
 
 
-@pytest.mark.parametrize("name", ["mamba", "zamba", "bamba", "falcon_h1_normed"])
+@pytest.mark.parametrize(
+    "name", ["mamba", "bamba", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWLY_COMPILED)]
+)
 def test_fullgraph_compile(name, fresh_compiler):
     """With padding, which a graph cannot look at, and with gradients."""
     model, ids, mask = make(name), tokens(2, LENGTH), padding("left", 2, LENGTH)

@@ -184,7 +184,7 @@ def test_beams_are_reordered(name):
     torch.testing.assert_close(got.sequences_scores, expected.sequences_scores, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "bamba"])
+@pytest.mark.parametrize("name", ["mamba2", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_compiled_generation_with_a_static_cache(name, fresh_compiler):
     model, ids, mask = make(name), tokens(2, 12), padding("left", 2, 12)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
