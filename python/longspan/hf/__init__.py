@@ -1,9 +1,14 @@
-"""transformers on longspan: `register` makes ``attn_implementation="longspan"`` known.
+"""transformers on longspan.
+
+`register` makes ``attn_implementation="longspan"`` known; `accelerate` gives layers of a model faster
+forwards.
 
 Example::
 
     longspan.hf.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longspan")
+
+    longspan.hf.accelerate(model)  # Mamba and its relatives
 """
 
 try:
@@ -11,7 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("longspan.hf needs transformers 5: pip install 'longspan[hf]'") from error
 
+from longspan.hf.accelerate import Accelerated, accelerate
 from longspan.hf.attention import longspan_attention, register
 from longspan.hf.masks import longspan_mask
 
-__all__ = ["longspan_attention", "longspan_mask", "register"]
+__all__ = ["Accelerated", "accelerate", "longspan_attention", "longspan_mask", "register"]

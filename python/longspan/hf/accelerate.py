@@ -1,0 +1,187 @@
+"""Faster forwards for layers of transformers models: `accelerate`."""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from longspan.hf.mamba import mamba_forward
+from longspan.hf.mamba2 import (
+    falcon_h1_gated_norm_forward,
+    gated_norm_forward,
+    mamba2_forward,
+)
+
+Forward = Callable[..., Any]
+
+
+# Class -> its forward, called with the module first. One that has a keyword hf_compat is given
+# accelerate's. New families add their lines here.
+_FORWARDS: dict[str, Forward] = {
+    "mamba.MambaMixer": mamba_forward,
+    "falcon_mamba.FalconMambaMixer": mamba_forward,
+    "jamba.JambaMambaMixer": mamba_forward,
+    "zamba.ZambaMambaMixer": mamba_forward,
+    "mamba2.Mamba2Mixer": mamba2_forward,
+    "bamba.BambaMixer": mamba2_forward,
+    "falcon_h1.FalconH1Mixer": mamba2_forward,
+    "granitemoehybrid.GraniteMoeHybridMambaLayer": mamba2_forward,
+    "nemotron_h.NemotronHMamba2Mixer": mamba2_forward,
+    "zamba2.Zamba2MambaMixer": mamba2_forward,
+    "mamba2.MambaRMSNormGated": gated_norm_forward,
+    "bamba.BambaRMSNormGated": gated_norm_forward,
+    "falcon_h1.FalconH1RMSNormGated": falcon_h1_gated_norm_forward,
+    "granitemoehybrid.GraniteMoeHybridRMSNormGated": gated_norm_forward,
+    "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
+    "zamba2.Zamba2RMSNormGated": gated_norm_forward,
+}
+
+# Where a module's own forward may lie: accelerate's hooks (device maps) move it to the second.
+_SLOTS = ("forward", "_old_forward")
+
+
+class _Replacement(functools.partial[Any]):
+    """A forward bound to its module, in place of the class's; copied and pickled with the module."""
+
+    replaced: Any = None  # what the slot held before, if it was not the class's own
+    of_class: str = ""
+
+
+class Accelerated:
+    """What `accelerate` did to a model; on leaving it as a context, or by `undo`, it is undone.
+
+    Example::
+
+        with longspan.hf.accelerate(model) as accelerated:
+            print(accelerated)  # Accelerated(MambaMixer: 24)
+            model.generate(ids)
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        """Made by `accelerate`."""
+        self._modules = modules
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many layers of each class run on longspan now."""
+        return dict(Counter(found.of_class for _, _, found in self._replacements()))
+
+    def undo(self) -> None:
+        """Give every layer its own forward back; harmless where that was done before."""
+        for module, slot, found in list(self._replacements()):
+            if found.replaced is not None:
+                setattr(module, slot, found.replaced)
+            elif slot == "forward":
+                del module.__dict__[slot]
+            else:
+                setattr(module, slot, type(module).forward.__get__(module))
+
+    def _replacements(self) -> Iterator[tuple[nn.Module, str, _Replacement]]:
+        for module in self._modules:
+            for slot in _SLOTS:
+                found = module.__dict__.get(slot)
+                if isinstance(found, _Replacement):
+                    yield module, slot, found
+
+    def __enter__(self) -> "Accelerated":
+        """Stay accelerated until the context is left."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Undo, also after an error."""
+        self.undo()
+
+    def __repr__(self) -> str:
+        """The counts."""
+        counts = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
+        return f"Accelerated({counts or 'undone'})"
+
+
+def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
+    """Run layers of a transformers model on longspan's kernels: same weights, same results, faster.
+
+    Replaces, in the model or any part of one, the forwards of these layers (and of the gated norms
+    within them):
+
+    - Mamba, FalconMamba, Jamba, Zamba: convolution, selective scan and decoding step;
+    - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm.
+
+    Modules, parameters, state_dict and caches stay what they are: training, gradient checkpointing,
+    ``generate`` with beams, left padding, ``save_pretrained``, deepcopy and pickle go on as before.
+    Results are those of the layers' own torch path within rounding, but that:
+
+    - Several steps after a cache (a prompt in chunks) go on from its state in Mamba-1 layers too,
+      where transformers begins with zero.
+    - A single step keeps to ``time_step_limit`` in Mamba-2 layers, as the whole sequence does.
+    - Packed sequences (``seq_idx`` or ``cu_seq_lens_q``) are kept apart, where the torch path raises
+      or ignores them, if the model hands these to its layers: MambaForCausalLM, Mamba2ForCausalLM
+      (unlike Mamba2Model), FalconMamba and Jamba do not.
+    - float64 models calculate in float64 throughout.
+
+    Padding counts as a step with zero input, as in transformers, and lets a state decay: pad on the
+    left where a cache shall be continued. On a device without kernels the layers run on the
+    operators' plain torch reference. A model may be compiled before or after, in one graph: the next
+    call compiles what is there then.
+
+    Args:
+        model: A transformers model, or any module with such layers in it.
+        hf_compat: Repeat what transformers does in the first two points above.
+
+    Returns:
+        `Accelerated`: its ``counts`` by class, and ``undo()``; as a context manager it undoes on exit.
+        A second call replaces nothing anew; either result's ``undo()`` restores the original.
+
+    Raises:
+        TypeError: ``model`` is no torch module.
+        ValueError: There is nothing in it to accelerate.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")
+        longspan.hf.accelerate(model)
+        model.generate(ids)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model: expected a torch module, got {type(model).__name__}")
+    modules = [module for module in model.modules() if _replace(module, hf_compat)]
+    if not modules:
+        known = ", ".join(name.split(".")[1] for name in _FORWARDS)
+        raise ValueError(
+            f"accelerate: model: expected one of transformers' layers in it that longspan has a forward "
+            f"for ({known}), found none in {type(model).__name__}"
+        )
+    return Accelerated(modules)
+
+
+def _replace(module: nn.Module, hf_compat: bool) -> bool:
+    """Put our forward in place if the module's own is one that we know."""
+    name = _known_class(type(module))
+    if name is None:
+        return False
+    forward = _FORWARDS[name]
+    takes = "hf_compat" in inspect.signature(forward).parameters
+    ours = _Replacement(forward, module, **({"hf_compat": hf_compat} if takes else {}))
+    ours.of_class = type(module).__name__
+    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    before = module.__dict__.get(slot)
+    if isinstance(before, _Replacement):
+        before = before.replaced
+    elif getattr(before, "__func__", None) is type(module).forward:
+        before = None  # the class's own, bound
+    ours.replaced = before
+    setattr(module, slot, ours)
+    return True
+
+
+def _known_class(kind: type[nn.Module]) -> str | None:
+    """The name in the table of the class whose forward this one has: its own or inherited."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            package, _, module = base.__module__.rpartition(".modeling_")
+            name = f"{module}.{base.__qualname__}"
+            known = package == f"transformers.models.{module}" and name in _FORWARDS
+            return name if known else None
+    return None
