@@ -20,9 +20,14 @@ def write_pretrained(folder: Path, config: Mapping[str, Any], weights: Mapping[s
 
     folder.mkdir(parents=True, exist_ok=True)
     dense = {name: x.detach().contiguous() for name, x in weights.items()}
-    write_atomically(
-        folder / WEIGHTS, lambda temporary: save_file(dense, temporary, metadata={"format": "pt"})
-    )
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; safetensors would let nobody else read it
+        save_file(dense, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+
+    write_atomically(folder / WEIGHTS, write)
     write_json(folder / CONFIG, config)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +63,10 @@ class Block(nn.Module):
         self._mix: Callable[[Any, Tensor, Cache | None], Tensor] = family.mix
         self.norm = _make_norm(config, **kind)
         self.mixer = family.make_layer(config, layer_idx, **kind)
-        d_intermediate = config.d_intermediate
-        if d_intermediate is None:
-            d_intermediate = round(family.mlp_ratio * config.d_model)
         self.mlp = None
-        if d_intermediate:
+        if config.d_intermediate:
             self.norm2 = _make_norm(config, **kind)
-            self.mlp = GatedMLP(config.d_model, d_intermediate, **kind)
+            self.mlp = GatedMLP(config.d_model, config.d_intermediate, **kind)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Map the residual stream x (B, T, d_model) to the next, in the precision it is kept in."""
@@ -112,7 +110,7 @@ class LanguageModel(nn.Module):
         dtype: Likewise.
 
     Attributes:
-        config: As given.
+        config: As given, with ``d_intermediate`` a number.
 
     Raises:
         TypeError, ValueError: A value of the config does not fit.
@@ -135,6 +133,9 @@ class LanguageModel(nn.Module):
     ) -> None:
         """Make the parameters and initialise them."""
         super().__init__()
+        if config.d_intermediate is None:
+            inside = round(find_family(config.family).mlp_ratio * config.d_model)
+            config = replace(config, d_intermediate=inside)
         self.config = config
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(
