@@ -81,7 +81,8 @@ class Family:
         """The mixer of one layer.
 
         Raises:
-            ValueError: ``config.mixer`` has an option that this family does not know.
+            TypeError, ValueError: ``config.mixer`` has an option that this family does not know, or a
+                value that does not fit.
         """
         unknown = sorted(config.mixer.keys() - set(self.options()))
         if unknown:
@@ -89,7 +90,13 @@ class Family:
                 f"LanguageModel: mixer: expected options of {config.family}, which are "
                 f"{', '.join(self.options())}; got {', '.join(unknown)}"
             )
-        mixer: Any = self.make(config.d_model, **kind, **config.mixer)
+        try:
+            mixer: Any = self.make(config.d_model, **kind, **config.mixer)
+        except TypeError as error:
+            raise TypeError(
+                f"LanguageModel: mixer: expected values that {config.family} takes, "
+                f"got {dict(config.mixer)} ({error})"
+            ) from error
         mixer.layer_idx = layer_idx
         return mixer
 
