@@ -17,9 +17,18 @@ std::atomic<int64_t> peak{0};
 std::atomic<bool> poison{false};
 }  // namespace
 
+void prefer_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__)
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t begin = (uintptr_t(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(p) + bytes) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may well be refused
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 void* scratch_acquire(size_t bytes) {
-  // Large pieces ask for huge pages: they are fresh from the system at every call, and a fault for
-  // each 4 KiB took 8 % of a backward.
   const size_t page = bytes >= 2 * kHugePage ? kHugePage : 64;
   const size_t rounded = (bytes + page - 1) / page * page;
   void* p = std::aligned_alloc(page, rounded == 0 ? page : rounded);
@@ -27,9 +36,7 @@ void* scratch_acquire(size_t bytes) {
     std::fprintf(stderr, "longspan: no memory for %zu bytes of scratch\n", bytes);
     std::abort();
   }
-#if defined(__linux__)
-  if (page == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(p, rounded);
   if (poison.load(std::memory_order_relaxed)) std::memset(p, 0xff, rounded);
   const int64_t now = held.fetch_add(int64_t(bytes)) + int64_t(bytes);
   int64_t seen = peak.load();

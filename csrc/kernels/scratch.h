@@ -12,6 +12,11 @@ namespace longspan {
 void* scratch_acquire(size_t bytes);
 void scratch_release(void* p, size_t bytes);
 
+/// Asks for huge pages for memory that is about to be written for the first time, where it is large:
+/// scratch and results are fresh from the system at nearly every call, and a fault for each 4 KiB
+/// took a tenth of attention's backward and half of the scan's.
+void prefer_huge_pages(void* p, size_t bytes);
+
 int64_t scratch_peak();         ///< most bytes held at once since the last reset
 void scratch_reset_peak();
 void scratch_set_poison(bool);  ///< fill with 0xff: NaN in every floating type

@@ -178,7 +178,23 @@ class Backward {
         if (!p_.b_varies) shape_.load_channels(p_.B, g, T(1), w.b);
         if (!p_.c_varies) shape_.load_channels(p_.C, g, kOutputFactor<N>, w.c);
         shape_.recall(piece.chunk + i, g, w.h);
-        chunk(batch, g, t, steps, w.e + (k - first) * p_.states * kSize<N>, sums_of(row, k), w);
+        Ahead<T> ahead(steps, g.lanes, 2 * ceil_div(p_.states, kBlock));
+        const auto at = [&](const ScanTensor& x, LaneGroup of, int64_t from) {
+          return channel_rows(x, batch).from(of.channel, from);
+        };
+        const ScanTensor* const written[] = {&d_.du, &d_.d_delta, &d_.dz};
+        for (const ScanTensor* x : written) {
+          if (x->data) ahead.write(at(*x, g, t));
+        }
+        if (k + 1 < end || i > 0) {
+          const LaneGroup next = shape_.lane_group(k + 1 < end ? k + 1 : first);
+          const int64_t from = k + 1 < end ? t : t - shape_.chunk;
+          const ScanTensor* const read[] = {&p_.delta, &d_.d_out, &p_.z, &p_.u};
+          for (const ScanTensor* x : read) {
+            if (x->data) ahead.read(at(*x, next, from));
+          }
+        }
+        chunk(batch, g, t, steps, w.e + (k - first) * p_.states * kSize<N>, sums_of(row, k), ahead, w);
       }
       __builtin_memcpy(varying_of(slab, group, batch * p_.steps + t), w.varying,
                        size_t(steps * varying_) * sizeof(T));
@@ -214,7 +230,7 @@ class Backward {
   }
 
   /// One chunk of one lane group; w.h holds the state before it, e what comes back from after it.
-  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, T* e, T* sums,
+  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, T* e, T* sums, Ahead<T>& ahead,
              const Workspace& w) const {
     load_chunk(batch, g, t, steps, w);
     load_steps<T>(channel_rows(p_.u, batch).from(g.channel, t), g.lanes, steps, w.u, L);
@@ -228,9 +244,9 @@ class Backward {
     }
     with_coefficients<N>(p_, w.b, w.c, shape_.row, [&](auto b, auto c) {
       int64_t n = 0;
-      for (; n + kBlock <= p_.states; n += kBlock) block<kBlock>(w, b, c, e, sums, n, steps);
+      for (; n + kBlock <= p_.states; n += kBlock) block<kBlock>(w, b, c, e, sums, n, steps, ahead);
       if constexpr (kBlock > 1) {
-        for (; n < p_.states; ++n) block<1>(w, b, c, e, sums, n, steps);
+        for (; n < p_.states; ++n) block<1>(w, b, c, e, sums, n, steps, ahead);
       }
     });
     finish(batch, g, t, steps, skip, sums, w);
@@ -238,13 +254,14 @@ class Backward {
 
   /// K states: forward again, then back.
   template <int K, class B, class C>
-  LS_INLINE void block(const Workspace& w, B b, C c, T* e, T* sums, int64_t n0, int64_t steps) const {
-    p_.z.data ? replay<K, true>(w, b, c, n0, steps) : replay<K, false>(w, b, c, n0, steps);
-    reverse<K>(w, b, c, e, sums, n0, steps);
+  LS_INLINE void block(const Workspace& w, B b, C c, T* e, T* sums, int64_t n0, int64_t steps,
+                       Ahead<T>& ahead) const {
+    p_.z.data ? replay<K, true>(w, b, c, n0, steps, ahead) : replay<K, false>(w, b, c, n0, steps, ahead);
+    reverse<K>(w, b, c, e, sums, n0, steps, ahead);
   }
 
   template <int K, bool kOutput, class B, class C>
-  static void replay(const Workspace& w, B b, C c, int64_t n0, int64_t steps) {
+  static void replay(const Workspace& w, B b, C c, int64_t n0, int64_t steps, Ahead<T>& ahead) {
     N h[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
@@ -252,6 +269,7 @@ class Backward {
       store_state<N>(w.states, k, h[k]);
     }
     for (int64_t t = 0; t < steps; ++t) {
+      ahead.touch();
       const Vec<T> step = load(w.step + t * L), step_u = load(w.step_u + t * L);
       Vec<T> y = kOutput ? load(w.y + t * L) : Vec<T>{};
 #pragma GCC unroll 4
@@ -267,7 +285,8 @@ class Backward {
   }
 
   template <int K, class B, class C>
-  void reverse(const Workspace& w, B b, C c, T* e_all, T* sums, int64_t n0, int64_t steps) const {
+  void reverse(const Workspace& w, B b, C c, T* e_all, T* sums, int64_t n0, int64_t steps,
+               Ahead<T>& ahead) const {
     N e[K], da[K], db[K], dc[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
@@ -277,6 +296,7 @@ class Backward {
       if constexpr (!C::kVaries) dc[k] = load_state<N>(dc_of(sums), n0 + k);
     }
     for (int64_t t = steps - 1; t >= 0; --t) {
+      ahead.touch();
       const Vec<T> dy = load(w.dy + t * L), step = load(w.step + t * L);
       const Vec<T> step_u = load(w.step_u + t * L);
       Vec<T> by_a = load(w.by_a + t * L), by_b = load(w.by_b + t * L);

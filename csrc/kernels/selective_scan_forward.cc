@@ -173,10 +173,17 @@ class Forward {
         sum += step;
       }
       const int64_t at = packed_at(batch, g.group, t);
+      Ahead<T> ahead(steps, g.lanes, ceil_div(n1 - n0, kBlock));
+      if (t + steps < piece.end) {
+        ahead.read(u.from(0, t + steps));
+        ahead.read(delta.from(0, t + steps));
+        if (p_.z.data) ahead.read(channel_rows(p_.z, batch).from(g.channel, t + steps));
+      }
+      if (splits_ == 1 && !from_zero) ahead.write(channel_rows(p_.out, batch).from(g.channel, t));
       const T* b_steps = p_.b_varies ? b_ + at : w.b;
       const T* c_steps = p_.c_varies ? c_ + at : w.c;
       with_coefficients<N>(p_, b_steps, c_steps, shape_.row,
-                           [&](auto b, auto c) { advance_all(w, b, c, y, n0, n1, steps); });
+                           [&](auto b, auto c) { advance_all(w, b, c, y, n0, n1, steps, ahead); });
       if (splits_ == 1 && !from_zero) finish(piece, g, t, steps, y, w);
     }
     if (after) {
@@ -188,24 +195,26 @@ class Forward {
 
   /// States [n0, n1) through a chunk, in blocks that registers hold.
   template <class B, class C>
-  LS_INLINE void advance_all(const Workspace& w, B b, C c, T* y, int64_t n0, int64_t n1,
-                             int64_t steps) const {
+  LS_INLINE void advance_all(const Workspace& w, B b, C c, T* y, int64_t n0, int64_t n1, int64_t steps,
+                             Ahead<T>& ahead) const {
     int64_t n = n0;
     if constexpr (N::kParts == 1 && B::kVaries && C::kVaries) {
-      for (; n + kBlock <= n1; n += kBlock) advance<kBlock>(w, b, c, y, n, steps);
+      for (; n + kBlock <= n1; n += kBlock) advance<kBlock>(w, b, c, y, n, steps, ahead);
     }
     if constexpr (N::kParts == 1) {
-      for (; n + 4 <= n1; n += 4) advance<4>(w, b, c, y, n, steps);
+      for (; n + 4 <= n1; n += 4) advance<4>(w, b, c, y, n, steps, ahead);
     }
-    for (; n < n1; ++n) advance<1>(w, b, c, y, n, steps);
+    for (; n < n1; ++n) advance<1>(w, b, c, y, n, steps, ahead);
   }
 
   template <int K, class B, class C>
-  static void advance(const Workspace& w, B b, C c, T* __restrict__ y, int64_t n0, int64_t steps) {
+  static void advance(const Workspace& w, B b, C c, T* __restrict__ y, int64_t n0, int64_t steps,
+                      Ahead<T>& ahead) {
     N h[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) h[k] = load_state<N>(w.h, n0 + k);
     for (int64_t t = 0; t < steps; ++t) {
+      ahead.touch();
       const Vec<T> step = load(w.step + t * L), step_u = load(w.step_u + t * L);
       Vec<T> sum = load(y + t * L);
 #pragma GCC unroll 16

@@ -303,6 +303,43 @@ LS_INLINE void store_steps(const T* in, Rows x, int64_t rows, int64_t steps) {
   if (whole < steps) store_rest<T>(in + whole * kLanes<T>, x.from(0, whole), rows, steps - whole);
 }
 
+/// Lines of memory asked for while a chunk is calculated: what the next one reads, and where this one
+/// will write. Sixteen rows in as many pages are more than the processor foresees by itself; waiting
+/// for them was a quarter of the time, and asked for at once they are more than it keeps track of.
+template <class T>
+class Ahead {
+  static constexpr int L = kLanes<T>;
+
+ public:
+  /// For chunks of so many steps and lanes; touch() will be called `calls` times a step.
+  Ahead(int64_t steps, int64_t lanes, int64_t calls) : steps_(steps), lanes_(lanes), calls_(calls) {}
+
+  void read(Rows x) { add(x, false); }
+  void write(Rows x) { add(x, true); }
+
+  LS_INLINE void touch() {
+    for (int64_t i = 0; i < lines_a_call_ && tensor_ < count_; ++i) {
+      const Rows& x = rows_[tensor_];
+      // A vector of channels at one step, or of steps of one channel: no more than a line.
+      const Rows at =
+          x.row == 1 ? x.from(0, line_) : x.from(min_of(line_ % L, lanes_ - 1), line_ / L * L);
+      written_[tensor_] ? __builtin_prefetch(at.data, 1) : __builtin_prefetch(at.data);
+      if (++line_ == steps_) line_ = 0, ++tensor_;
+    }
+  }
+
+ private:
+  void add(Rows x, bool written) {
+    rows_[count_] = x;
+    written_[count_++] = written;
+    lines_a_call_ = ceil_div(count_, calls_);
+  }
+
+  int64_t steps_, lanes_, calls_, lines_a_call_ = 0, count_ = 0, tensor_ = 0, line_ = 0;
+  Rows rows_[8];
+  bool written_[8];
+};
+
 // How the work is cut ------------------------------------------------------------------------
 
 /// Up to a vector's width of channels that share B and C.

@@ -125,8 +125,9 @@ struct Arguments {
   }
 };
 
-/// Boundaries that any way of cutting (B, L) into runs can have: known without looking at the values.
-int64_t most_boundaries(const SsdParams& p) { return p.batch * (p.length / kSsdSpan); }
+/// More boundaries than any way of cutting (B, L) into runs can have: known without looking at the values.
+/// One more, for an exported length must not depend on whether there are any.
+int64_t most_boundaries(const SsdParams& p) { return p.batch * (p.length / kSsdSpan + 1); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor dt, Tensor a_, Tensor b, Tensor c,
                                                    OptionalTensor d, OptionalTensor z,
@@ -155,7 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor dt, Tensor a
   p.out = layout(out);
   p.final = final.data_ptr(), p.sequence_states = varlen.data_ptr();
   if (keep_boundaries) {
-    if (p.boundary_count < most_boundaries(p)) torch::stable::fill_(boundaries, 0.0);
+    Tensor unused = torch::stable::narrow(boundaries, 0, p.boundary_count,
+                                          most_boundaries(p) - p.boundary_count);
+    torch::stable::fill_(unused, 0.0);
     p.boundaries = boundaries.data_ptr();
   }
   kernels().ssd_forward(p);

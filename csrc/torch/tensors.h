@@ -10,11 +10,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <optional>
 #include <vector>
 
 #include "kernels/dtype.h"
+#include "kernels/scratch.h"
 
 namespace longspan::binding {
 
@@ -44,22 +44,21 @@ inline Tensor with_unit_last_stride(const Tensor& x) {
   return torch::stable::contiguous(x);
 }
 
+inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> shape,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor x = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  prefer_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * x.element_size());
+  return x;
+}
+
 /// Empty, (B, H, T, D), with tokens outside heads in memory where `like` has them so: a caller who
 /// transposed (B, T, H, D) gets back what transposes to a contiguous tensor. The fakes do the same.
 inline Tensor empty_heads(const Tensor& like, int64_t channels) {
   const int64_t b = like.size(0), h = like.size(1), t = like.size(2);
   if (like.stride(1) < like.stride(2)) {
-    const std::array<int64_t, 4> shape{b, t, h, channels};
-    Tensor x = torch::stable::new_empty(like, {shape.data(), shape.size()});
-    return torch::stable::transpose(x, 1, 2);
+    return torch::stable::transpose(empty_of(like, {b, t, h, channels}), 1, 2);
   }
-  const std::array<int64_t, 4> shape{b, h, t, channels};
-  return torch::stable::new_empty(like, {shape.data(), shape.size()});
-}
-
-inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> shape,
-                       std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  return empty_of(like, {b, h, t, channels});
 }
 
 /// A small tensor's values, converted and copied.

@@ -1,8 +1,16 @@
 """The peers' names and signatures over longspan's operators: swap an import and nothing else.
 
-=============================== ========================
+=============================== ==============================
 instead of                      import
-=============================== ========================
+=============================== ==============================
 ``flash_attn`` (Dao et al.)     `longspan.compat.flash_attn`
-=============================== ========================
+``mamba_ssm`` (Dao and Gu)      `longspan.compat.mamba_ssm`
+``causal_conv1d`` (Dao)         `longspan.compat.causal_conv1d`
+=============================== ==============================
+
+Or swap none: `install` puts them under the peers' own names.
 """
+
+from longspan.compat._install import install
+
+__all__ = ["install"]

@@ -33,6 +33,7 @@ def computed_again(
     """
     if (
         not enabled
+        or tensors[0][0].is_meta
         or not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

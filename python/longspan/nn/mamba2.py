@@ -19,7 +19,7 @@ from longspan.nn._mamba import (
 from longspan.nn.norm import RMSNormGated
 from longspan.ops._checks import check_floating, check_shape, sum_dtype
 from longspan.ops.selective_scan import selective_state_update
-from longspan.ops.ssd import ssd
+from longspan.ops.ssd import CHUNKS, ssd
 
 
 class Mamba2(MambaBase):
@@ -128,6 +128,10 @@ class Mamba2(MambaBase):
             raise ValueError(
                 f"Mamba2: dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
             )
+        if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f"Mamba2: dt_limit: expected (least, greatest), got {dt_limit}")
+        if chunk_size not in CHUNKS:
+            raise ValueError(f"Mamba2: chunk_size: expected one of {CHUNKS}, got {chunk_size}")
         self.d_model, self.d_state, self.d_conv, self.conv_init = d_model, d_state, d_conv, conv_init
         self.expand, self.d_inner, self.headdim, self.d_ssm = expand, d_inner, headdim, d_ssm
         self.ngroups, self.nheads, self.D_has_hdim = ngroups, heads, D_has_hdim

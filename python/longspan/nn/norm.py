@@ -45,6 +45,7 @@ class RMSNormGated(nn.Module):
             )
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise x (..., hidden_size), gated by z of its shape and dtype, or by nothing."""

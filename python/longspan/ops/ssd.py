@@ -30,7 +30,7 @@ _forward = overload("ssd_forward")
 _backward = overload("ssd_backward")
 
 _SPAN = 256  # kSsdSpan in csrc/kernels/ssd.h
-_CHUNKS = (16, 32, 64, 128, 256)
+CHUNKS = (16, 32, 64, 128, 256)
 
 
 def ssd(
@@ -183,8 +183,8 @@ def _check_options(
     if dt_bias is not None:
         check_parameter(name, "dt_bias", dt_bias, "x", x)
         check_shape(name, "dt_bias", dt_bias, (heads,), "(heads,)")
-    if chunk_size not in _CHUNKS:
-        raise ValueError(f"{name}: chunk_size: expected one of {_CHUNKS}, got {chunk_size}")
+    if chunk_size not in CHUNKS:
+        raise ValueError(f"{name}: chunk_size: expected one of {CHUNKS}, got {chunk_size}")
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{name}: dt_limit: expected (least, greatest), got {dt_limit}")
 
@@ -209,7 +209,7 @@ def _(
         x.new_empty(x.shape),
         states(return_final_states, batch, heads, channels, B.shape[3]),
         states(return_varlen_states, sequences, heads, channels, B.shape[3]),
-        states(keep_boundaries, batch * (length // _SPAN), heads, B.shape[3], channels),
+        states(keep_boundaries, batch * (length // _SPAN + 1), heads, B.shape[3], channels),
     )
 
 

@@ -29,6 +29,8 @@ from longspan.compat.flash_attn.flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 
+__version__ = "2.8.3"  # whose interface this is
+
 __all__ = [
     "bert_padding",
     "flash_attn_func",

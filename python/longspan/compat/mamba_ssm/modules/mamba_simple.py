@@ -1,0 +1,5 @@
+"""`Mamba`, which is `longspan.nn.Mamba`."""
+
+from longspan.nn.mamba import Mamba
+
+__all__ = ["Mamba"]
