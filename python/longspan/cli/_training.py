@@ -114,7 +114,7 @@ class Trainer:
         """Do one step -> its loss, learning rate and gradient norm.
 
         Raises:
-            FloatingPointError: The loss is not finite; weights stay as they were.
+            FloatingPointError: The loss or its gradient is not finite; weights stay as they were.
         """
         options = self.options
         warmup = max(1, options.steps // 20)
@@ -122,11 +122,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self._loss(self._next_windows())
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {loss.item()}")
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _GREATEST_GRADIENT_NORM)
+        for label, value in (("loss", loss), ("gradient's norm", norm)):
+            if not value.isfinite():
+                raise FloatingPointError(f"the {label} of step {self.step + 1} is {value.item()}")
         self.optimizer.step()
         self.step += 1
         return {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm.item()}

@@ -203,6 +203,7 @@ def _train(trainer: Trainer, out: Path, rows: list[Row], memory: PeakMemory) -> 
                 line = table.add(row)
                 if line is not None:
                     bar.write(line, file=sys.stdout)
+                    sys.stdout.flush()
                 bar.set_postfix_str(table.summary(row), refresh=False)
                 bar.update()
                 if trainer.step % options.checkpoint_every == 0 and trainer.step < options.steps:
@@ -210,8 +211,8 @@ def _train(trainer: Trainer, out: Path, rows: list[Row], memory: PeakMemory) -> 
             _save(trainer, out, rows)
     except FloatingPointError as error:
         print(
-            f"longspan train: {error}; try a smaller --lr than {options.lr}. {out} has what was before "
-            "the last checkpoint.",
+            f"longspan train: {error}; try a smaller --lr than {options.lr}. What {out} has is from "
+            "before.",
             file=sys.stderr,
         )
         return 1

@@ -225,18 +225,27 @@ def test_more_steps(finished, uninterrupted):
     assert [row["step"] for row in rows_of(finished)] == list(range(12))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("poison", "what"),
+    [
+        (lambda loss: loss * math.nan, "loss"),
+        (lambda loss: loss + (loss - loss).sqrt(), "gradient's norm"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run(poison, what, text, tmp_path, monkeypatch, capsys):
     def poisoned(self, windows):
         loss = compute(self, windows)
-        return loss * math.nan if self.step == 4 and loss.requires_grad else loss
+        return poison(loss) if self.step == 4 and loss.requires_grad else loss
 
     compute = Trainer._loss
     monkeypatch.setattr(Trainer, "_loss", poisoned)
     out = tmp_path / "out"
     assert main(command(text, out)) == 1
     error = capsys.readouterr().err
-    assert "the loss of step 5 is nan; try a smaller --lr than 0.003" in error
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert f"the {what} of step 5 is nan; try a smaller --lr than 0.003" in error
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(x.isfinite().all() for x in state["model"].values())
 
 
 # ---- the text and its baselines
