@@ -82,6 +82,11 @@ class MambaBase(nn.Module):
             check_floating(name, label, state)
             check_shape(name, label, state, shape, "the shape of allocate_inference_cache")
 
+    def _check_no_gradient(self, x: Tensor) -> None:
+        """Before a step writes anything."""
+        if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *self.parameters())):
+            raise RuntimeError(f"{type(self).__name__}.step: no gradient passes it; use torch.no_grad()")
+
     def _store(
         self, states: States, x: Tensor, ssm_state: Tensor, cu_seqlens: Tensor | None, goes_on: bool
     ) -> None:
@@ -116,6 +121,7 @@ def as_parameter(p: Tensor, x: Tensor) -> Tensor:
 
 
 def step_bias(
+    function: str,
     size: int,
     dt_min: float,
     dt_max: float,
@@ -124,6 +130,10 @@ def step_bias(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """(size,): biases whose softplus is log-uniform from ``dt_min`` to ``dt_max``."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(
+            f"{function}: dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
+        )
     low, high = math.log(dt_min), math.log(dt_max)
     step = torch.exp(torch.rand(size, device=device, dtype=dtype) * (high - low) + low)
     step = step.clamp(min=dt_init_floor)
@@ -160,9 +170,3 @@ def check_packed(function: str, x: Tensor, cu_seqlens: Tensor) -> None:
         )
     if x.shape[0] != 1:
         raise ValueError(f"{function}: cu_seqlens: expected a batch of 1 beside it, got {x.shape[0]}")
-
-
-def check_positive(function: str, name: str, value: int) -> None:
-    """Raise ValueError unless value >= 1."""
-    if value < 1:
-        raise ValueError(f"{function}: {name}: expected 1 or more, got {value}")

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.ops._checks import check_between, check_floating, check_integers, check_shape, check_tensor
+from longspan.ops._checks import (
+    check_between,
+    check_floating,
+    check_integers,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from longspan.ops.attention import attention, attention_decode, attention_varlen
 
 Rotary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,7 +65,7 @@ class KVCache:
         """Allocate."""
         shape = (batch_size, num_kv_heads, max_length, head_dim)
         for label, size in zip(("batch_size", "num_kv_heads", "max_length", "head_dim"), shape):
-            _check_positive("KVCache", label, size)
+            check_positive("KVCache", label, size)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -168,7 +175,7 @@ class Attention(nn.Module):
             ("num_heads", num_heads),
             ("num_kv_heads", num_kv_heads),
         ):
-            _check_positive("Attention", label, size)
+            check_positive("Attention", label, size)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"Attention: num_kv_heads: expected a divisor of num_heads, {num_heads}, "
@@ -181,7 +188,7 @@ class Attention(nn.Module):
                     f"num_heads, {num_heads}; got None"
                 )
             head_dim = hidden_size // num_heads
-        _check_positive("Attention", "head_dim", head_dim)
+        check_positive("Attention", "head_dim", head_dim)
         if len(window) != 2 or min(window) < -1:
             raise ValueError(f"Attention: window: expected (left, right), each -1 or more, got {window}")
         if sink_tokens < 0:
@@ -446,8 +453,3 @@ def _check_bool(function: str, name: str, x: object, shape: tuple[int, ...], wha
     if x.dtype != torch.bool:
         raise TypeError(f"{function}: {name}: expected bool, got {x.dtype}")
     check_shape(function, name, x, shape, what)
-
-
-def _check_positive(function: str, name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{function}: {name}: expected 1 or more, got {value}")

@@ -11,11 +11,10 @@ from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
     check_packed,
-    check_positive,
     sequence_of_each,
     step_bias,
 )
-from longspan.ops._checks import check_floating, check_shape, sum_dtype
+from longspan.ops._checks import check_floating, check_positive, check_shape, sum_dtype
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 
 
@@ -88,10 +87,6 @@ class Mamba(MambaBase):
             ("dt_rank", rank),
         ):
             check_positive("Mamba", label, size)
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"Mamba: dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
-            )
         if dt_init not in ("random", "constant"):
             raise ValueError(f'Mamba: dt_init: expected "random" or "constant", got {dt_init!r}')
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
@@ -112,9 +107,11 @@ class Mamba(MambaBase):
                 self.dt_proj.weight.uniform_(-bound, bound)
             else:
                 self.dt_proj.weight.fill_(bound)
-            self.dt_proj.bias.copy_(step_bias(d_inner, dt_min, dt_max, dt_init_floor, device, dtype))
+            self.dt_proj.bias.copy_(
+                step_bias("Mamba", d_inner, dt_min, dt_max, dt_init_floor, device, dtype)
+            )
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         states = torch.arange(1, d_state + 1, device=device, dtype=wide)
         self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))
         self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
@@ -205,6 +202,7 @@ class Mamba(MambaBase):
         shape = (None, 1, self.d_model)
         check_shape("Mamba.step", "hidden_states", hidden_states, shape, "(batch, 1, d_model)")
         self._check_states(hidden_states.shape[0], conv_state, ssm_state)
+        self._check_no_gradient(hidden_states)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         u = self._conv_step(x, conv_state)
         dt, B, C = (y.squeeze(2) for y in self._selection(u.unsqueeze(2)))

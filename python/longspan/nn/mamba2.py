@@ -12,12 +12,11 @@ from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
     check_packed,
-    check_positive,
     sequence_of_each,
     step_bias,
 )
 from longspan.nn.norm import RMSNormGated
-from longspan.ops._checks import check_floating, check_shape, sum_dtype
+from longspan.ops._checks import check_floating, check_positive, check_shape, sum_dtype
 from longspan.ops.selective_scan import selective_state_update
 from longspan.ops.ssd import CHUNKS, ssd
 
@@ -124,10 +123,6 @@ class Mamba2(MambaBase):
             raise ValueError(f"Mamba2: ngroups: expected a divisor of {heads} heads, got {ngroups}")
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f"Mamba2: A_init_range: expected 0 < least <= greatest, got {A_init_range}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"Mamba2: dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
-            )
         if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
             raise ValueError(f"Mamba2: dt_limit: expected (least, greatest), got {dt_limit}")
         if chunk_size not in CHUNKS:
@@ -149,8 +144,10 @@ class Mamba2(MambaBase):
         )  # fmt: skip
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
-        self.dt_bias = nn.Parameter(step_bias(heads, dt_min, dt_max, dt_init_floor, device, dtype))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.dt_bias = nn.Parameter(
+            step_bias("Mamba2", heads, dt_min, dt_max, dt_init_floor, device, dtype)
+        )
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         decay = torch.empty(heads, device=device, dtype=wide).uniform_(*A_init_range)
         self.A_log = nn.Parameter(decay.log().to(dtype or torch.get_default_dtype()))
         self.D = nn.Parameter(torch.ones(d_ssm if D_has_hdim else heads, device=device, dtype=wide))
@@ -259,6 +256,7 @@ class Mamba2(MambaBase):
         shape = (None, 1, self.d_model)
         check_shape("Mamba2.step", "hidden_states", hidden_states, shape, "(batch, 1, d_model)")
         self._check_states(hidden_states.shape[0], conv_state, ssm_state)
+        self._check_no_gradient(hidden_states)
         mlp, z, xBC, dt = self._split(self.in_proj(hidden_states.squeeze(1)))
         x, B, C = self._heads(self._conv_step(xBC, conv_state))
         bias, limited = as_parameter(self.dt_bias, x), self.dt_limit != (0.0, math.inf)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from longspan.nn._mamba import as_parameter, check_positive
+from longspan.nn._mamba import as_parameter
+from longspan.ops._checks import check_positive
 from longspan.ops.norm import rms_norm_gated
 
 

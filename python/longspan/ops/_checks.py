@@ -79,6 +79,12 @@ def check_between(function: str, name: str, x: float, low: float, high: float) -
         raise ValueError(f"{function}: {name}: expected {low} <= {name} < {high}, got {x}")
 
 
+def check_positive(function: str, name: str, x: int) -> None:
+    """Raise ValueError unless x >= 1."""
+    if x < 1:
+        raise ValueError(f"{function}: {name}: expected 1 or more, got {x}")
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for this tensor's device."""
     device = x.device.type

@@ -1,7 +1,8 @@
 """Run in a process of its own: transformers' Mamba models after longspan.compat.install().
 
-Prints one JSON object a line. transformers binds the functions when a modeling file is imported, so
-their slow twins stay behind each as ``__wrapped__``.
+Takes a JSON list of pairs (a function below, a name) and prints one JSON object for each.
+transformers binds the functions when a modeling file is imported, so their slow twins stay behind
+each as ``__wrapped__``.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils import import_utils
 
 import longspan.compat
 
@@ -162,5 +164,19 @@ def packed(name: str) -> dict[str, Any]:
     return {"model": name, "error": max(errors), "without packing": min(leaks)}
 
 
-for mode, name in JOBS:  # type: ignore[name-defined]  # noqa: F821 (given by the test)
-    print(json.dumps({"against_slow_path": against_slow_path, "packed": packed}[mode](name)))
+def seen_by_transformers(name: str) -> dict[str, Any]:
+    """What transformers' own look-ups say of a package."""
+    found, version = import_utils._is_package_available(name, return_version=True)
+    checks = {
+        "mamba_ssm": import_utils.is_mamba_2_ssm_available,
+        "causal_conv1d": import_utils.is_causal_conv1d_available,
+        "flash_attn": import_utils.is_flash_attn_2_available,
+    }
+    return {
+        "model": name, "found": found, "version": version, "available": checks[name](),
+        "cuda": torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+for mode, name in json.loads(sys.argv[1]):
+    print(json.dumps(globals()[mode](name)))
