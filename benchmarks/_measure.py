@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.cli._files import write_atomically
+from longspan._files import write_atomically
 from longspan.cli._memory import PeakMemory
 
 Work = Callable[[], Any]

@@ -15,7 +15,7 @@ import _measure
 import torch
 
 import longspan
-from longspan.cli._files import write_json
+from longspan._files import write_json
 
 FOLDER = Path(__file__).parent
 

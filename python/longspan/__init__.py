@@ -35,6 +35,7 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
+from longspan import models, nn
 from longspan.ops.attention import (
     attention,
     attention_decode,
@@ -57,6 +58,8 @@ __all__ = [
     "causal_conv1d_update",
     "isa",
     "merge_attention",
+    "models",
+    "nn",
     "rms_norm_gated",
     "selective_scan",
     "selective_state_update",

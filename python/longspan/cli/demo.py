@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 import longspan
+from longspan._files import write_atomically, write_json
 from longspan.cli._errors import CommandError, require
-from longspan.cli._files import write_atomically, write_json
 from longspan.cli._memory import PeakMemory
 from longspan.cli._model import (
     DTYPES,

@@ -1,0 +1,57 @@
+"""Synthetic tasks: what they ask, and that two layers of Mamba learn it."""
+
+import pytest
+import torch
+from checks import assert_raises
+
+from longspan.models.tasks import induction_heads, selective_copying
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("length", "vocab_size", "data_tokens"), [(40, 16, 16), (32, 3, 16), (9, 6, 1)])
+def test_selective_copying(length, vocab_size, data_tokens):
+    ids, labels = selective_copying(
+        50, length, vocab_size=vocab_size, data_tokens=data_tokens, generator=seeded()
+    )
+    assert ids.shape == labels.shape == (50, length)
+    assert (ids[:, -data_tokens:] == vocab_size - 1).all()
+    text = ids[:, :-data_tokens]
+    is_data = (text > 0) & (text < vocab_size - 1)
+    assert (is_data.sum(1) == data_tokens).all()
+    assert torch.equal(text[is_data].view(50, data_tokens), labels[:, -data_tokens:])
+    assert (text[~is_data] == 0).all()
+    assert (labels[:, :-data_tokens] == -100).all()
+    if length > 2 * data_tokens:
+        assert is_data.any(0).all()  # anywhere
+    again, _ = selective_copying(
+        50, length, vocab_size=vocab_size, data_tokens=data_tokens, generator=seeded()
+    )
+    assert torch.equal(again, ids)
+
+
+@pytest.mark.parametrize(("length", "vocab_size"), [(256, 16), (3, 2), (10, 4)])
+def test_induction_heads(length, vocab_size):
+    ids, labels = induction_heads(200, length, vocab_size=vocab_size, generator=seeded())
+    assert ids.shape == labels.shape == (200, length)
+    special = ids == vocab_size - 1
+    assert (special.sum(1) == 2).all()
+    assert special[:, -1].all()
+    assert (labels[:, :-1] == -100).all()
+    assert torch.equal(labels[:, -1], ids[:, 1:][special[:, :-1]])
+    assert torch.equal(induction_heads(200, length, vocab_size=vocab_size, generator=seeded())[0], ids)
+    if length < 20:
+        assert special[:, : length - 2].any(0).all()  # anywhere
+
+
+def test_wrong_arguments():
+    for parts, call in (
+        (["length", "twice data_tokens, 16", "got 31"], lambda: selective_copying(1, 31)),
+        (["data_tokens", "got 10"], lambda: selective_copying(1, 10, data_tokens=0)),
+        (["vocab_size", "3 or more", "got 2"], lambda: selective_copying(1, 40, vocab_size=2)),
+        (["length", "3 or more", "got 2"], lambda: induction_heads(1, 2)),
+        (["vocab_size", "2 or more", "got 1"], lambda: induction_heads(1, 9, vocab_size=1)),
+    ):
+        assert_raises(ValueError, parts, call)
