@@ -88,7 +88,7 @@ def accuracy(model, task, length, batch=512):
 @pytest.mark.parametrize(
     ("task", "lessons", "lr"),
     [
-        (selective_copying, [(2300, 64), (400, 256)], 7e-3),
+        (selective_copying, [(2500, 64), (600, 256)], 7e-3),
         (induction_heads, [(300, 32), (50, 256)], 5e-3),
     ],
 )
