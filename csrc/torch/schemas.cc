@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
 
+  // q (B, H, T, K), k, v (B, H_kv, T, K or V), gate (B, H, T) or (B, H, T, K), states (B, H, K, V) or, of
+  // packed sequences, (S, H, K, V); norms likewise (B, H, K). -> out, last state, last norm,
+  // denominators (B, H, T), states between spans (kernels/runs.h); empty where not asked for
+  m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? initial_state, "
+      "Tensor? initial_norm, Tensor? cu_seqlens, bool causal, float scale, bool normalize, float eps, "
+      "bool return_final_state, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
   // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
   // each chunk (chunks, N, D), of which there are none unless asked for
