@@ -35,7 +35,7 @@ struct ChannelDecay {
   }
 
   /// exp(b_n): [width].
-  LS_INLINE const T* whole() const { return from_start + (kStrip - 1) * width; }
+  LS_INLINE T* whole() const { return from_start + (kStrip - 1) * width; }
 
   /// gate(t, channel): a vector of token t's gates.
   template <class Gate>
@@ -66,9 +66,25 @@ struct ChannelDecay {
     }
   }
 
+  /// The same, and from dM what it gives to q and k, which is added to dq and dk:
+  ///
+  ///   dq_t += sum of dM[t][s] k_s exp(b_t - b_s)        dk_s += sum of dM[t][s] q_t exp(b_t - b_s)
+  void scores_and_gradient(const T* q, const T* k, const T* dm, int64_t n, T* m, T* dq, T* dk) const {
+    for (int64_t s = 0; s < n; s += kSide) {
+      __builtin_memcpy(weighted, k + s * width, size_t(kSide * width) * sizeof(T));
+      square<true, true>(q, s, s, m, dm, dq);
+      for (int64_t t = s + kSide; t < n; t += kSide) square<false, true>(q, t, s, m, dm, dq);
+    }
+    for (int64_t t = 0; t < n; t += kSide) {
+      __builtin_memcpy(weighted, q + t * width, size_t(kSide * width) * sizeof(T));
+      back<true>(t, t, dm, dk);
+      for (int64_t s = t - kSide; s >= 0; s -= kSide) back<false>(t, s, dm, dk);
+    }
+  }
+
  private:
-  template <bool kDiagonal>
-  LS_INLINE void square(const T* q, int64_t t, int64_t s, T* m) const {
+  template <bool kDiagonal, bool kGradient = false>
+  LS_INLINE void square(const T* q, int64_t t, int64_t s, T* m, const T* dm = nullptr, T* dq = nullptr) const {
     Vec<T> sums[kSide * kSide] = {};
     for (int64_t c = 0; c < width; c += L) {
       Vec<T> x[kSide];
@@ -77,12 +93,15 @@ struct ChannelDecay {
 #pragma GCC unroll 4
       for (int i = 0; i < kSide; ++i) {
         const Vec<T> e = load(step + (t + i) * width + c), query = load(q + (t + i) * width + c);
+        Vec<T> gradient = kGradient ? load(dq + (t + i) * width + c) : Vec<T>{};
 #pragma GCC unroll 4
         for (int j = 0; j < kSide; ++j) {
           if (kDiagonal && j > i) continue;
           if (!kDiagonal || j < i) x[j] *= e;
           sums[i * kSide + j] += query * x[j];
+          if (kGradient) gradient += dm[(t + i) * kStrip + s + j] * x[j];
         }
+        if (kGradient) store(dq + (t + i) * width + c, gradient);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < kSide; ++j) store(weighted + j * width + c, x[j]);
@@ -91,6 +110,29 @@ struct ChannelDecay {
     add_sums_of_lanes<T>(sums, found);
     for (int i = 0; i < kSide; ++i) {
       for (int j = 0; j < kSide; ++j) m[(t + i) * kStrip + s + j] = found[i * kSide + j];
+    }
+  }
+
+  /// weighted: q_t exp(b_t - b_s), as s goes back from t.
+  template <bool kDiagonal>
+  LS_INLINE void back(int64_t t, int64_t s, const T* dm, T* dk) const {
+    for (int64_t c = 0; c < width; c += L) {
+      Vec<T> x[kSide];
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) x[i] = load(weighted + i * width + c);
+#pragma GCC unroll 4
+      for (int j = kSide - 1; j >= 0; --j) {
+        const Vec<T> e = load(step + (s + j) * width + c);
+        Vec<T> gradient = load(dk + (s + j) * width + c);
+#pragma GCC unroll 4
+        for (int i = kDiagonal ? j : 0; i < kSide; ++i) {
+          gradient += dm[(t + i) * kStrip + s + j] * x[i];
+          x[i] *= e;
+        }
+        store(dk + (s + j) * width + c, gradient);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) store(weighted + i * width + c, x[i]);
     }
   }
 };

@@ -196,14 +196,14 @@ void copy_rows(TokenRows x, int64_t n, int64_t columns, int64_t width, const T* 
   });
 }
 
-/// The way back, to rows of dtype: x[t][c] = factor[t] * in[t][c].
+/// The way back, to rows of dtype, scaled a row each where scale is not null.
 template <class T>
-void store_rows(const T* in, int64_t width, int64_t n, int64_t columns, const T* factor, TokenRows x) {
+void store_rows(const T* in, int64_t width, int64_t n, int64_t columns, const T* scale, TokenRows x) {
   constexpr int L = kLanes<T>;
   with_dtype<T>(x.dtype, [&]<Dtype kDtype>() {
     const int64_t whole = columns / L * L;
     for (int64_t t = 0; t < n; ++t) {
-      const Vec<T> f = broadcast(factor[t]);
+      const Vec<T> f = broadcast(scale ? scale[t] : T(1));
       void* row = const_cast<void*>(x.from(t).data);
       for (int64_t c = 0; c < whole; c += L) store_as<T>(row, kDtype, c, load(in + t * width + c) * f);
       if (whole < columns) {

@@ -24,7 +24,7 @@ struct Run {
   int64_t batch, begin, end;
   int64_t initial;       ///< which of the initial states it starts from, or -1: zeros
   int64_t last;          ///< where its last state goes, or -1
-  int64_t boundary = 0;  ///< its first boundary
+  int64_t first_span = 0, boundary = 0;  ///< its first ones, among all runs'
 
   int64_t spans() const { return (end - begin + kSpan - 1) / kSpan; }
   int64_t begin_of(int64_t span) const { return begin + span * kSpan; }

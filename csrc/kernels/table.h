@@ -21,6 +21,8 @@
   X(conv_backward)              \
   X(conv_update)                \
   X(linear_attention_forward)   \
+  X(linear_attention_backward)  \
+  X(linear_attention_step)      \
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
   X(selective_scan_forward)     \

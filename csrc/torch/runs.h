@@ -13,6 +13,7 @@ struct Runs {
   int64_t boundaries = 0;
 
   void add(Run run) {
+    run.first_span = int64_t(spans.size());
     run.boundary = boundaries;
     for (int64_t k = 0; k < run.spans(); ++k) spans.push_back({int64_t(runs.size()), k});
     boundaries += run.spans() > 0 ? run.spans() - 1 : 0;

@@ -98,6 +98,14 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def empty_heads(like: Tensor, channels: int) -> Tensor:
+    """A fake (B, H, T, channels) as csrc/torch/tensors.h: tokens outside heads where ``like`` has them so."""
+    b, h, t, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(b, t, h, channels).transpose(1, 2)
+    return like.new_empty(b, h, t, channels)
+
+
 _warned: set[str] = set()
 
 

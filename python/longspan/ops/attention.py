@@ -24,6 +24,7 @@ from longspan.ops._checks import (
     check_like,
     check_shape,
     check_tensor,
+    empty_heads,
     has_kernels,
     sum_dtype,
 )
@@ -500,17 +501,9 @@ def _attend(
 # ---- fakes
 
 
-def _empty_heads(like: Tensor, channels: int) -> Tensor:
-    """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
-    b, h, t, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(b, t, h, channels).transpose(1, 2)
-    return like.new_empty(b, h, t, channels)
-
-
 @torch.library.register_fake("longspan::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 @torch.library.register_fake("longspan::attention_backward")
@@ -519,7 +512,7 @@ def _(
     attn_mask: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_sinks = q.new_empty(q.shape[1] if sinks is not None else 0, dtype=torch.float64)
-    return *(_empty_heads(x, x.shape[3]) for x in (q, k, v)), d_sinks  # type: ignore[return-value]
+    return *(empty_heads(x, x.shape[3]) for x in (q, k, v)), d_sinks  # type: ignore[return-value]
 
 
 @torch.library.register_fake("longspan::attention_mask_backward")
@@ -532,7 +525,7 @@ def _(
 
 @torch.library.register_fake("longspan::attention_decode")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 # ---- autograd
