@@ -12,8 +12,8 @@
 //   states, of S        [...][heads][key_channels][value_channels], dense
 //   states, of z        [...][heads][key_channels], dense
 //
-// Not causal, S and z are the sums over all of a sequence's keys. Then there are no gates, k, v, dk and dv may
-// have another number of tokens, and run i of the queries reads the state of run i of the keys.
+// Not causal, S and z are the sums over all of a sequence's keys. Then there are no gates, k, v, dk and
+// dv may have another number of tokens, and run i of the queries reads the state of run i of the keys.
 //
 // States are in the type of accumulation: double where tensors are double, else float. How sequences
 // become runs and spans: runs.h.
@@ -61,7 +61,7 @@ struct LinearAttentionParams {
 
 struct LinearAttentionGradients {
   SequenceTensor d_out, dq, dk, dv;
-  GateTensor d_gate;                                     ///< where there is a gate
+  GateTensor d_gate;  ///< where there is a gate
   const void *d_last = nullptr, *d_last_norm = nullptr;  ///< each may be null
   void *d_initial = nullptr, *d_initial_norm = nullptr;  ///< written where not null
 };
@@ -77,7 +77,7 @@ struct LinearAttentionStep {
   double scale = 1, eps = 0;
   void* state = nullptr;
   int64_t state_batch = 0, state_head = 0, state_row = 0;  ///< strides
-  void* norm = nullptr;                                    ///< null: not normalized
+  void* norm = nullptr;  ///< null: not normalized
   int64_t norm_batch = 0, norm_head = 0;
   int threads = 1;
 };

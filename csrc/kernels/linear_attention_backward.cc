@@ -312,7 +312,8 @@ class Backward {
     const Run& run = p_.key_runs.runs[span.run];
     const int64_t first = kv_head * group_, value = chunk_.value_width;
     __builtin_memcpy(w.d_states, d_boundary(span.run, first), size_t(state_bytes()));
-    for (int64_t i = 1; i < group_; ++i) add_decayed(d_boundary(span.run, first + i), nullptr, w.d_states);
+    for (int64_t i = 1; i < group_; ++i)
+      add_decayed(d_boundary(span.run, first + i), nullptr, w.d_states);
     const LinearState<T> d = state_in(w.d_states);
     for (int64_t c = 0; c < chunks_of(run, span.index); ++c) {
       const Place at = place(run, span.index, first, c);
@@ -465,8 +466,7 @@ class Backward {
       if (p_.normalized) {
         sum += load(state.z + c) * load(d.z + c);
       }
-      store(w.end + c, load(w.end + c) +
-                           load(w.decay.whole + c) * sum);
+      store(w.end + c, load(w.end + c) + load(w.decay.whole + c) * sum);
     }
   }
 
@@ -487,6 +487,7 @@ class Backward {
       add_from_later(w.dm, w.q, key, n, w.dk);
     } else {
       mix(n, w);
+      __builtin_memset(w.dm + n * kStrip, 0, size_t((kStrip - n) * kStrip * kBytes));
       w.decay.channel.scores_and_gradient(w.q, w.k, w.dm, n, w.m, w.dq, w.dk);
       for (int64_t t = 0; t < n; ++t) {
         for (int64_t s = t + 1; s < n; ++s) w.m[t * kStrip + s] = T(0);
@@ -549,8 +550,7 @@ class Backward {
     const int64_t key = chunk_.key_width;
     const auto change = [&](int64_t t, int64_t c) {
       const int64_t i = t * key + c;
-      return load(w.q + i) * load(w.dq + i) -
-             load(w.k + i) * load(w.dk + i);
+      return load(w.q + i) * load(w.dq + i) - load(w.k + i) * load(w.dk + i);
     };
     if (p_.kind == Gate::kChannel) {
       for (int64_t c = 0; c < p_.key_channels; c += L) {

@@ -70,9 +70,7 @@ struct LinearDecay {
   void from_start(const T* x, int64_t n, T* out) const {
     multiply(x, n, token.from_start, channel.from_start, out);
   }
-  void to_end(const T* x, int64_t n, T* out) const {
-    multiply(x, n, token.to_end, channel.to_end, out);
-  }
+  void to_end(const T* x, int64_t n, T* out) const { multiply(x, n, token.to_end, channel.to_end, out); }
 
  private:
   void multiply(const T* x, int64_t n, const T* by_token, const T* by_channel, T* out) const {
@@ -130,7 +128,8 @@ class LinearChunk {
     }
   }
 
-  /// z = whole z + sum of rows [n][key_width], each times a factor where there are any; whole may be null.
+  /// z = whole z + sum of rows [n][key_width], each times a factor where there are any; whole may be
+  /// null.
   void advance_norm(const T* whole, const T* rows, const T* factors, int64_t n, T* z) const {
     for (int64_t c = 0; c < key_width; c += L) {
       Vec<T> sum = load(z + c);
@@ -143,8 +142,8 @@ class LinearChunk {
     }
   }
 
-  /// What rows of q S are multiplied by, and kept of it: the scale, over the normaliser where there is one.
-  /// q_rows [n][key_width]; sums: what tokens of the chunk add to q.z, or null.
+  /// What rows of q S are multiplied by, and kept of it: the scale, over the normaliser where there is
+  /// one. q_rows [n][key_width]; sums: what tokens of the chunk add to q.z, or null.
   void weigh(const T* q_rows, const T* z, const T* sums, int64_t n, T* kept, T* factor) const {
     const T scale = T(p.scale);
     for (int64_t t = 0; t < n; ++t) {

@@ -35,9 +35,7 @@ class Forward {
         mixed_ld_(round_up(depth_ + chunk_.tokens / Dot::kDepth, L)),
         in_rows_(p.normalized || p.kind == Gate::kChannel) {}
 
-  void run() {
-    p_.causal ? run_causal() : run_full();
-  }
+  void run() { p_.causal ? run_causal() : run_full(); }
 
  private:
   struct Workspace {

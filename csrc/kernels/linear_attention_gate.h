@@ -69,6 +69,8 @@ struct ChannelDecay {
   /// The same, and from dM what it gives to q and k, which is added to dq and dk:
   ///
   ///   dq_t += sum of dM[t][s] k_s exp(b_t - b_s)        dk_s += sum of dM[t][s] q_t exp(b_t - b_s)
+  ///
+  /// Rows of dM past the last token are read, and must be zero.
   void scores_and_gradient(const T* q, const T* k, const T* dm, int64_t n, T* m, T* dq, T* dk) const {
     for (int64_t s = 0; s < n; s += kSide) {
       __builtin_memcpy(weighted, k + s * width, size_t(kSide * width) * sizeof(T));
@@ -84,7 +86,8 @@ struct ChannelDecay {
 
  private:
   template <bool kDiagonal, bool kGradient = false>
-  LS_INLINE void square(const T* q, int64_t t, int64_t s, T* m, const T* dm = nullptr, T* dq = nullptr) const {
+  LS_INLINE void square(const T* q, int64_t t, int64_t s, T* m, const T* dm = nullptr,
+                        T* dq = nullptr) const {
     Vec<T> sums[kSide * kSide] = {};
     for (int64_t c = 0; c < width; c += L) {
       Vec<T> x[kSide];

@@ -53,7 +53,8 @@ class Step {
     if (p_.norm) factor = normalize(batch, head, q, k, decay);
     T* state = static_cast<T*>(p_.state) + batch * p_.state_batch + head * p_.state_head;
     int64_t c = 0;
-    for (; c + kMost * L <= p_.value_channels; c += kMost * L) columns<kMost>(state, c, q, k, decay, v, out);
+    for (; c + kMost * L <= p_.value_channels; c += kMost * L)
+      columns<kMost>(state, c, q, k, decay, v, out);
     for (; c < p_.value_channels; c += L) {
       p_.value_channels - c >= L ? columns<1>(state, c, q, k, decay, v, out)
                                  : last_columns(state, c, q, k, decay, v, out);

@@ -34,8 +34,8 @@ struct Arguments {
     STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                     "linear_attention: q, k and v must have one dtype");
     STD_TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads &&
-                        k.size(2) == v.size(2) && (k.size(2) == p.tokens || !(causal || cu_)) && k.size(3) == p.key_channels &&
-                        p.kv_heads > 0 && p.heads % p.kv_heads == 0,
+                        k.size(2) == v.size(2) && (k.size(2) == p.tokens || !(causal || cu_)) &&
+                        k.size(3) == p.key_channels && p.kv_heads > 0 && p.heads % p.kv_heads == 0,
                     "linear_attention: shapes of q, k and v do not fit");
     p.q = layout(q), p.k = layout(k), p.v = layout(v);
     if (gate_) set_gate(*gate_);
@@ -160,8 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto wanted = [&](const OptionalTensor& x, std::initializer_list<int64_t> shape) {
     return x ? empty_of(q, shape, sums) : empty_of(q, {0}, sums);
   };
-  Tensor d_initial =
-      wanted(initial_state, {a.sequences(), p.heads, p.key_channels, p.value_channels});
+  Tensor d_initial = wanted(initial_state, {a.sequences(), p.heads, p.key_channels, p.value_channels});
   Tensor d_initial_norm = wanted(initial_norm, {a.sequences(), p.heads, p.key_channels});
   LinearAttentionGradients g;
   g.d_out = layout(d_out), g.dq = layout(dq), g.dk = layout(dk), g.dv = layout(dv);
@@ -189,7 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 Tensor step(Tensor q_, Tensor k_, Tensor v_, Tensor state, OptionalTensor norm, OptionalTensor gate_,
             double scale, double eps) {
-  const Tensor q = with_unit_last_stride(q_), k = with_unit_last_stride(k_), v = with_unit_last_stride(v_);
+  const Tensor q = with_unit_last_stride(q_), k = with_unit_last_stride(k_),
+               v = with_unit_last_stride(v_);
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && state.dim() == 4,
                   "linear_attention_step: expected q, k and v of 3 dimensions, state of 4");
   const auto layout_of = [](const Tensor& x) -> SequenceTensor {
@@ -200,7 +200,8 @@ Tensor step(Tensor q_, Tensor k_, Tensor v_, Tensor state, OptionalTensor norm, 
   p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1);
   p.key_channels = q.size(2), p.value_channels = v.size(2);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
-                      state.scalar_type() == sum_type(q) && (!norm || norm->scalar_type() == sum_type(q)),
+                      state.scalar_type() == sum_type(q) &&
+                      (!norm || norm->scalar_type() == sum_type(q)),
                   "linear_attention_step: dtypes of q, k, v and state do not fit");
   STD_TORCH_CHECK(k.size(0) == p.batch && k.size(2) == p.key_channels && v.size(0) == p.batch &&
                       v.size(1) == p.kv_heads && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
@@ -213,7 +214,8 @@ Tensor step(Tensor q_, Tensor k_, Tensor v_, Tensor state, OptionalTensor norm, 
   if (gate_) {
     gate = gate_->dim() == 3 ? with_unit_last_stride(*gate_) : *gate_;
     STD_TORCH_CHECK((gate->dim() == 2 || gate->dim() == 3) && gate->size(0) == p.batch &&
-                        gate->size(1) == p.heads && (gate->dim() == 2 || gate->size(2) == p.key_channels),
+                        gate->size(1) == p.heads &&
+                        (gate->dim() == 2 || gate->size(2) == p.key_channels),
                     "linear_attention_step: gate is (batch, heads) and maybe key channels here");
     p.kind = gate->dim() == 3 ? Gate::kChannel : Gate::kToken;
     p.gate = {const_cast<void*>(gate->data_ptr()), dtype_of(*gate, "linear_attention_step: gate"),

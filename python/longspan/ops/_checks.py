@@ -64,6 +64,14 @@ def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None]
         raise ValueError(f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}")
 
 
+def check_group(function: str, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless each head of k serves as many of q."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{function}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
+        )
+
+
 def check_integers(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
     """Raise unless ``x`` is an int32 or int64 tensor of this shape."""
     check_tensor(function, name, x)
@@ -99,7 +107,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def empty_heads(like: Tensor, channels: int) -> Tensor:
-    """A fake (B, H, T, channels) as csrc/torch/tensors.h: tokens outside heads where ``like`` has them so."""
+    """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
     b, h, t, _ = like.shape
     if like.stride(1) < like.stride(2):
         return like.new_empty(b, t, h, channels).transpose(1, 2)

@@ -20,6 +20,7 @@ from longspan.ops._checks import (
     check_between,
     check_device,
     check_floating,
+    check_group,
     check_integers,
     check_like,
     check_shape,
@@ -247,7 +248,7 @@ def attention_decode(
                 f"{name}: {label}: expected a last stride of 1, for it is written in place, "
                 f"got {x.stride(3)}"
             )
-    _check_group(name, h, kv_heads)
+    check_group(name, h, kv_heads)
     check_integers(name, "cache_seqlens", cache_seqlens, (b,), "(batch,)")
     for label, index in (("cache_starts", cache_starts), ("cache_batch_idx", cache_batch_idx)):
         if index is not None:
@@ -378,15 +379,8 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
         )
     if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
-    _check_group(name, q_shape[1], k_shape[1])
+    check_group(name, q_shape[1], k_shape[1])
     return q, k, v
-
-
-def _check_group(name: str, heads: int, kv_heads: int) -> None:
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
-        )
 
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

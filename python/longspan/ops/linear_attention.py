@@ -17,6 +17,7 @@ from longspan.ops._checks import (
     autocast,
     check_device,
     check_floating,
+    check_group,
     check_integers,
     check_like,
     check_parameter,
@@ -64,18 +65,18 @@ def linear_attention(
         v: (B, H_kv, T, V) in q's dtype.
         causal: Whether a token sees only those before it and itself. Otherwise it sees all, there is no
             gate, and k and v may have another number of tokens than q.
-        gate: Logarithms of decays, at most 0 for states that stay bounded, in q's dtype or float32: (H,),
-            (B, H, T), or (B, H, T, K) for one of each row of the state. ``-inf`` resets.
+        gate: Logarithms of decays, at most 0 for states that stay bounded, in q's dtype or float32:
+            (H,), (B, H, T), or (B, H, T, K) for one of each row of the state. ``-inf`` resets.
         scale: Of q; None is K**-0.5.
-        normalize: Divide by ``scale q_t . z_t + eps`` with ``z_t = exp(gate_t) z_{t-1} + k_t``, the sum of
-            the weights, for features that are not negative. Where that is 0 the output is 0.
+        normalize: Divide by ``scale q_t . z_t + eps`` with ``z_t = exp(gate_t) z_{t-1} + k_t``, the sum
+            of the weights, for features that are not negative. Where that is 0 the output is 0.
         eps: See ``normalize``.
         initial_state: (B, H, K, V), or (S, H, K, V) for the S sequences of ``cu_seqlens``; with
             ``normalize`` a pair of it and z, (B or S, H, K). None is zeros. Differentiable.
-        return_final_state: Also return the state after the last token, of the same form; differentiable.
-            Given as the ``initial_state`` of a further call, the two calls equal one.
-        cu_seqlens: (S + 1,) int32 or int64: where each of S packed sequences begins, and the end. B is 1;
-            a sequence may be empty.
+        return_final_state: Also return the state after the last token, of the same form;
+            differentiable. Given as the ``initial_state`` of a further call, the two calls equal one.
+        cu_seqlens: (S + 1,) int32 or int64: where each of S packed sequences begins, and the end. B is
+            1; a sequence may be empty.
 
     Returns:
         out (B, H, T, V) in q's dtype, or (out, state). States are float32, or float64 for float64.
@@ -92,21 +93,20 @@ def linear_attention(
         out, state = longspan.linear_attention(q, k, v, gate=gate, return_final_state=True)
     """
     name = "linear_attention"
-    check_tensor(name, "q", q)
-    check_floating(name, "q", q)
+    for label, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, label, x)
     check_shape(name, "q", q, (None,) * 4, "(batch, heads, tokens, key channels)")
+    q, k, v = autocast(q, k, v)
     batch, heads, tokens, channels = q.shape
-    if not causal and cu_seqlens is None:  # attention to something else
-        check_like(name, "k", k, "q", q)
-        tokens = k.shape[2] if k.dim() == 4 else tokens
-    sizes = (batch, None, tokens)
+    if not causal and cu_seqlens is None and k.dim() == 4:  # attention to something else
+        tokens = k.shape[2]
     check_like(name, "k", k, "q", q)
-    check_shape(name, "k", k, (*sizes, channels), "(batch, key-value heads, tokens, key channels)")
+    sizes: tuple[int | None, ...] = (batch, None, tokens, channels)
+    check_shape(name, "k", k, sizes, "(batch, key-value heads, tokens, key channels)")
+    check_group(name, heads, k.shape[1])
     check_like(name, "v", v, "q", q)
-    sizes = (batch, k.shape[1], tokens)
-    check_shape(name, "v", v, (*sizes, None), "k's shape but for the channels")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"{name}: k: expected a number of heads that divides {heads}, got {k.shape[1]}")
+    sizes = (batch, k.shape[1], tokens, None)
+    check_shape(name, "v", v, sizes, "k's shape but for the channels")
     if gate is not None and not causal:
         raise ValueError(f"{name}: gate: expected none without causal, got a tensor")
     gate = _check_gate(name, gate, q, (batch, heads, tokens))
@@ -125,7 +125,6 @@ def linear_attention(
         name, "initial_state", initial_state, normalize, q, (sequences, heads, channels, v.shape[3])
     )
     scale = channels**-0.5 if scale is None else float(scale)
-    q, k, v = autocast(q, k, v)
     if has_kernels(name, q):
         out, state, norm, _, _ = _forward(
             q, k, v, gate, state, norm, cu_seqlens, causal, scale, normalize, eps, return_final_state,
@@ -188,10 +187,9 @@ def linear_attention_step(
     batch, heads, channels = q.shape
     check_like(name, "k", k, "q", q)
     check_shape(name, "k", k, (batch, None, channels), "(batch, key-value heads, key channels)")
+    check_group(name, heads, k.shape[1])
     check_like(name, "v", v, "q", q)
     check_shape(name, "v", v, (batch, k.shape[1], None), "k's shape but for the channels")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"{name}: k: expected a number of heads that divides {heads}, got {k.shape[1]}")
     gate = _check_gate(name, gate, q, (batch, heads))
     _check_eps(name, eps)
     shape = (batch, heads, channels, v.shape[2])
@@ -245,9 +243,7 @@ def _check_state(
     if isinstance(state, Tensor) or len(state) != 2:
         raise TypeError(f"{name}: {label}: expected a pair of tensors with normalize, got {type(state)}")
     S, z = state
-    _check_floats(
-        name, f"{label}[0]", S, q, shape, "(sequences, heads, key channels, value channels)"
-    )
+    _check_floats(name, f"{label}[0]", S, q, shape, "(sequences, heads, key channels, value channels)")
     _check_floats(name, f"{label}[1]", z, q, shape[:-1], "(sequences, heads, key channels)")
     return S, z
 

@@ -24,8 +24,9 @@ def linear_attention(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     (batch, heads, tokens, channels), values = q.shape, v.shape[3]
     scale = channels**-0.5 if scale is None else scale
-    queries, (keys, vals) = q.to(dtype), (
-        x.to(dtype).repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v)
+    queries, (keys, vals) = (
+        q.to(dtype),
+        (x.to(dtype).repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v)),
     )
     bounds = [int(i) for i in cu_seqlens] if cu_seqlens is not None else [0, tokens]
     sequences = batch if cu_seqlens is None else len(bounds) - 1

@@ -53,7 +53,11 @@ def test_normalized(isa: str, gate: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_not_causal(isa: str, dtype: torch.dtype, normalize: bool) -> None:
-    for shape, keys in [((1, 1, 1, 1, 1, 1), 3), ((2, 70, 4, 2, 8, 5), 33), ((1, 300, 2, 1, 17, 33), 600)]:
+    for shape, keys in [
+        ((1, 1, 1, 1, 1, 1), 3),
+        ((2, 70, 4, 2, 8, 5), 33),
+        ((1, 300, 2, 1, 17, 33), 600),
+    ]:
         for states in (False, True):
             compare(
                 tensors(*shape, keys=keys, states=states, positive=normalize), dtype,
@@ -282,7 +286,13 @@ def test_gradcheck(gate: str, normalize: bool, packed: bool) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_only_the_final_state_has_a_gradient(normalize: bool) -> None:
     given = tensors(1, 300, 2, 1, 3, 4, gate="channel", positive=True)
-    names = ["k", "gate", "initial_state", *(["v"] if not normalize else []), *(["initial_norm"] * normalize)]
+    names = [
+        "k",
+        "gate",
+        "initial_state",
+        *(["v"] if not normalize else []),
+        *(["initial_norm"] * normalize),
+    ]
     leaves = {k: x.requires_grad_() for k, x in given.items()}
     which = 2 if normalize else 1
 

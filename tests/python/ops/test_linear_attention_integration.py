@@ -86,9 +86,7 @@ def test_checkpointing_changes_nothing() -> None:
         return torch.utils.checkpoint.checkpoint(lambda: call(**kw, normalize=True), use_reentrant=False)
 
     given = given_in_float(gate="channel", positive=True)
-    assert_same_bits(
-        results(again, given), results(lambda **kw: call(**kw, normalize=True), given)
-    )
+    assert_same_bits(results(again, given), results(lambda **kw: call(**kw, normalize=True), given))
 
 
 def test_vmap_equals_a_batch() -> None:
@@ -108,6 +106,9 @@ def test_autocast_casts_what_the_products_read() -> None:
     assert out.dtype == torch.bfloat16
     assert state.dtype == torch.float32
     rounded = given | {k: given[k].bfloat16() for k in "qkv"}
+    with torch.autocast("cpu", torch.bfloat16):  # feature maps give float32 beside bfloat16 values
+        mixed = call(**given | {"v": given["v"].bfloat16()})
+    assert_same_bits(dict(zip("01", mixed)), {"0": out, "1": state})
     assert_same_bits({"0": out, "1": state}, dict(zip("01", call(**rounded))))
     found = results(call, rounded)
     assert {found[f"d {k}"].dtype for k in ("gate", "initial_state")} == {torch.float32}
@@ -177,7 +178,7 @@ def test_wrong_arguments_are_named() -> None:
     fails(TypeError, "k", "q's dtype", "bfloat16", k=k.bfloat16())
     fails(ValueError, "k", "(2, any, 10, 8)", "(2, 2, 10, 7)", k=k[..., :7])
     fails(ValueError, "k", "10", "(2, 2, 9, 8)", k=k[:, :, :9], v=v[:, :, :9])
-    fails(ValueError, "k", "divides 4", "3", k=k[:, [0, 0, 0]], v=v[:, [0, 0, 0]])
+    fails(ValueError, "k", "divides q's, 4", "3", k=k[:, [0, 0, 0]], v=v[:, [0, 0, 0]])
     fails(ValueError, "v", "k's shape", "(2, 2, 9, 16)", v=v[:, :, :9])
     fails(TypeError, "gate", "float32", "float64", gate=torch.zeros(4).double())
     fails(ValueError, "gate", "(heads,)", "(4)", "(3,)", gate=torch.zeros(3))

@@ -71,12 +71,7 @@ def compare(given: dict[str, Tensor], dtype: torch.dtype = torch.float64, **opti
     given = to(dtype, given)
     ours = results(lambda **kw: actual(**kw, **options), given)
     theirs = results(lambda **kw: expected(**kw, **options), to(torch.float64, given))
-    (batch, heads, tokens, channels), values = given["q"].shape, given["v"].shape[3]
-    # Sums of many terms, and of how many of size 1.
+    (batch, _, tokens, channels), values = given["q"].shape, given["v"].shape[3]
     many = max(tokens, given["k"].shape[2]) * max(channels, values)
-    terms = dict.fromkeys(ours, many) | {"d gate": many * (batch if given_heads(given) else 1) * 4}
-    assert_agree(ours, theirs, terms)
-
-
-def given_heads(given: dict[str, Tensor]) -> bool:
-    return "gate" in given and given["gate"].dim() == 1
+    of_gate = many * batch if "gate" in given and given["gate"].dim() == 1 else many
+    assert_agree(ours, theirs, dict.fromkeys(ours, many) | {"d gate": 4 * of_gate})
