@@ -25,12 +25,32 @@ struct TokenRows {
   }
 };
 
-/// Asks for n tokens that will be read soon; n may be 0 or less.
+#if defined(LONGSPAN_BF16_DOT)
+typedef uint16_t Half32 __attribute__((vector_size(64)));
+
+/// Vector i of an array of bfloat16 that is kept as pairs.
+LS_INLINE void store_bf16(uint32_t* array, int64_t at, Vec<float> x) {
+  const __m256i h = __m256i(_mm512_cvtneps_pbh(__m512(x)));
+  __builtin_memcpy(reinterpret_cast<uint16_t*>(array) + at, &h, sizeof h);
+}
+
+/// (lower, upper) of each lane rounded to bfloat16, lower in the lower half.
+LS_INLINE Vec<uint32_t> bf16_pair(Vec<float> lower, Vec<float> upper) {
+  // The instruction puts the 16 of `lower` before the 16 of `upper`; this order deals them out.
+  static constexpr Half32 kDeal = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(upper), __m512(lower)));
+  return Vec<uint32_t>(_mm512_permutexvar_epi16(__m512i(kDeal), both));
+}
+#endif
+
+/// Asks for n tokens that will be read (or written) soon; n may be 0 or less.
+template <bool kToWrite = false>
 LS_INLINE void prefetch(TokenRows x, int64_t n, int64_t channels) {
   const int64_t bytes = channels * size_of(x.dtype);
   for (int64_t t = 0; t < n; ++t) {
     const char* row = static_cast<const char*>(x.from(t).data);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, kToWrite ? 1 : 0, 2);
   }
 }
 
@@ -154,6 +174,96 @@ void store_transposed(const T* in, int64_t ld, int64_t n, int64_t channels, cons
         store_as<T>(out, dtype, (t + i) * stride + c, square[i], height);
       }
     }
+  }
+}
+
+/// Rows with a unit stride, converted and padded with zeros: out [n][width], scaled a row each where
+/// scale is not null.
+template <class T>
+void copy_rows(TokenRows x, int64_t n, int64_t columns, int64_t width, const T* scale, T* out) {
+  constexpr int L = kLanes<T>;
+  with_dtype<T>(x.dtype, [&]<Dtype kDtype>() {
+    const int64_t whole = columns / L * L;
+    for (int64_t t = 0; t < n; ++t) {
+      const Vec<T> factor = broadcast(scale ? scale[t] : T(1));
+      const void* row = x.from(t).data;
+      T* to = out + t * width;
+      for (int64_t c = 0; c < whole; c += L) store(to + c, load_as<T>(row, kDtype, c) * factor);
+      for (int64_t c = whole; c < width; c += L) {
+        store(to + c, load_as<T>(row, kDtype, c, max_of<int64_t>(columns - c, 0)) * factor);
+      }
+    }
+  });
+}
+
+/// The way back, to rows of dtype, scaled a row each where scale is not null.
+template <class T>
+void store_rows(const T* in, int64_t width, int64_t n, int64_t columns, const T* scale, TokenRows x) {
+  constexpr int L = kLanes<T>;
+  with_dtype<T>(x.dtype, [&]<Dtype kDtype>() {
+    const int64_t whole = columns / L * L;
+    for (int64_t t = 0; t < n; ++t) {
+      const Vec<T> f = broadcast(scale ? scale[t] : T(1));
+      void* row = const_cast<void*>(x.from(t).data);
+      for (int64_t c = 0; c < whole; c += L) store_as<T>(row, kDtype, c, load(in + t * width + c) * f);
+      if (whole < columns) {
+        store_as<T>(row, kDtype, whole, load(in + t * width + whole) * f, columns - whole);
+      }
+    }
+  });
+}
+
+/// Element number `at`, counted in scalars, of an array whose elements may be pairs.
+template <class Dot>
+LS_INLINE void store_scalars(typename Dot::Element* array, int64_t at, Vec<typename Dot::Sum> x) {
+  if constexpr (Dot::kDepth == 1) {
+    store(array + at, x);
+  } else {
+    store_bf16(array, at, x);
+  }
+}
+
+/// By channel, into rows of `ld` elements, scaled a row each where scale is not null. The rest of a
+/// row's last vector is overwritten.
+template <class Dot>
+void copy_by_channel(TokenRows x, int64_t n, int64_t channels, const typename Dot::Sum* scale,
+                     typename Dot::Element* out, int64_t ld) {
+  using T = typename Dot::Sum;
+  constexpr int L = kLanes<T>;
+  with_dtype<T>(x.dtype, [&]<Dtype kDtype>() {
+    for (int64_t t = 0; t < n; ++t) {
+      const Vec<T> factor = broadcast(scale ? scale[t] : T(1));
+      const void* row = x.from(t).data;
+      for (int64_t c = 0; c < channels; c += L) {
+        store_scalars<Dot>(out + t * ld, c, load_as<T>(row, kDtype, c, channels - c) * factor);
+      }
+    }
+  });
+}
+
+/// By token, into rows of `width` elements with zeros up to it, scaled a row each where scale is not
+/// null.
+template <class Dot>
+void copy_by_token(TokenRows x, int64_t n, int64_t channels, const typename Dot::Sum* scale,
+                   typename Dot::Element* out, int64_t width) {
+  using T = typename Dot::Sum;
+  if constexpr (Dot::kDepth == 1) {
+    copy_rows<T>(x, n, channels, width, scale, out);
+  } else {
+    with_dtype<T>(x.dtype, [&]<Dtype kDtype>() {
+      for (int64_t t = 0; t < n; t += 2) {
+        const bool odd = t + 1 == n;
+        const Vec<T> even_factor = broadcast(scale ? scale[t] : T(1));
+        const Vec<T> odd_factor = broadcast(scale && !odd ? scale[t + 1] : T(1));
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          const int64_t left = max_of<int64_t>(channels - c, 0);
+          const Vec<T> lower = load_as<T>(x.from(t).data, kDtype, c, left) * even_factor;
+          const Vec<T> upper =
+              odd ? Vec<T>{} : load_as<T>(x.from(t + 1).data, kDtype, c, left) * odd_factor;
+          store(out + t / 2 * width + c, bf16_pair(lower, upper));
+        }
+      }
+    });
   }
 }
 

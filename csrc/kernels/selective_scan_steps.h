@@ -270,20 +270,6 @@ void store_rest(const T* in, Rows x, int64_t rows, int64_t steps) {
   }
 }
 
-/// body.operator()<dtype>(): chosen once a block, not once a vector.
-template <class T, class Body>
-LS_INLINE void with_dtype(Dtype dtype, const Body& body) {
-  if constexpr (sizeof(T) == 8) {
-    body.template operator()<Dtype::kDouble>();
-  } else if (dtype == Dtype::kFloat) {
-    body.template operator()<Dtype::kFloat>();
-  } else if (dtype == Dtype::kBfloat16) {
-    body.template operator()<Dtype::kBfloat16>();
-  } else {
-    body.template operator()<Dtype::kHalf>();
-  }
-}
-
 /// out[t][lane] for t < steps and a vector of lanes, of which those past `rows` are zero.
 template <class T>
 LS_INLINE void load_steps(Rows x, int64_t rows, int64_t steps, T* out, int64_t ld) {

@@ -23,25 +23,6 @@ struct SoftmaxState {
   }
 };
 
-#if defined(LONGSPAN_BF16_DOT)
-typedef uint16_t Half32 __attribute__((vector_size(64)));
-
-/// Vector i of an array of bfloat16 that is kept as pairs.
-LS_INLINE void store_bf16(uint32_t* array, int64_t at, Vec<float> x) {
-  const __m256i h = __m256i(_mm512_cvtneps_pbh(__m512(x)));
-  __builtin_memcpy(reinterpret_cast<uint16_t*>(array) + at, &h, sizeof h);
-}
-
-/// (lower, upper) of each lane rounded to bfloat16, lower in the lower half.
-LS_INLINE Vec<uint32_t> bf16_pair(Vec<float> lower, Vec<float> upper) {
-  // The instruction puts the 16 of `lower` before the 16 of `upper`; this order deals them out.
-  static constexpr Half32 kDeal = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(upper), __m512(lower)));
-  return Vec<uint32_t>(_mm512_permutexvar_epi16(__m512i(kDeal), both));
-}
-#endif
-
 /// Stores the probabilities of two keys as the operand of a product that contracts over keys: two
 /// rows, or one row of pairs.
 template <class Dot>

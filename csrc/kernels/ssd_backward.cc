@@ -32,8 +32,8 @@ class Backward {
   Backward(const SsdParams& p, const SsdGradients& g) : p_(p), g_(g), chunk_(p) {}
 
   void run() {
-    const int64_t whole = p_.run_count * p_.heads;
-    const int threads = threads_for(max_of(whole, p_.span_count * p_.heads), p_.threads);
+    const int64_t whole = p_.runs.run_count * p_.heads;
+    const int threads = threads_for(max_of(whole, p_.runs.span_count * p_.heads), p_.threads);
     Arena measure;
     lay_out(measure);
     Scratch scratch(measure.used() * threads);
@@ -43,27 +43,28 @@ class Backward {
     };
     Scratch score_space(chunk_.scores_size() * int64_t(sizeof(T)));
     scores_ = reinterpret_cast<T*>(score_space.at(0));
-    parallel_for(p_.span_count * p_.groups, threads, [&](int64_t task, int thread) {
-      chunk_.group_scores(p_.spans[task / p_.groups], task % p_.groups, scores_, work(thread).turned);
+    parallel_for(p_.runs.span_count * p_.groups, threads, [&](int64_t task, int thread) {
+      chunk_.group_scores(p_.runs.spans[task / p_.groups], task % p_.groups, scores_,
+                          work(thread).turned);
     });
 
-    const int64_t boundaries = p_.boundary_count * p_.heads;
+    const int64_t boundaries = p_.runs.boundary_count * p_.heads;
     Scratch state_space(boundaries * chunk_.state_size * int64_t(sizeof(T)));
     Scratch decay_space(boundaries * int64_t(sizeof(T)));
     d_boundaries_ = reinterpret_cast<T*>(state_space.at(0));
     decays_ = reinterpret_cast<T*>(decay_space.at(0));
-    parallel_for(p_.span_count * p_.heads, threads, [&](int64_t task, int thread) {
-      own_gradient(p_.spans[task / p_.heads], task % p_.heads, work(thread));
+    parallel_for(p_.runs.span_count * p_.heads, threads, [&](int64_t task, int thread) {
+      own_gradient(p_.runs.spans[task / p_.heads], task % p_.heads, work(thread));
     });
     parallel_for(whole, threads, [&](int64_t task, int thread) {
-      join(p_.runs[task / p_.heads], task % p_.heads, work(thread));
+      join(p_.runs.runs[task / p_.heads], task % p_.heads, work(thread));
     });
 
-    Scratch share_space(p_.span_count * share_size() * int64_t(sizeof(T)));
+    Scratch share_space(p_.runs.span_count * share_size() * int64_t(sizeof(T)));
     T* shares = reinterpret_cast<T*>(share_space.at(0));
-    parallel_for(p_.span_count * p_.groups, threads, [&](int64_t task, int thread) {
+    parallel_for(p_.runs.span_count * p_.groups, threads, [&](int64_t task, int thread) {
       const int64_t span = task / p_.groups;
-      run_span(p_.spans[span], task % p_.groups, shares + span * share_size(), work(thread));
+      run_span(p_.runs.spans[span], task % p_.groups, shares + span * share_size(), work(thread));
     });
     add_shares(shares);
   }
@@ -73,11 +74,11 @@ class Backward {
   int64_t share_size() const { return p_.heads * (p_.channels + 2); }
 
   struct Workspace {
-    SsdSteps<T> steps[kSsdSpan / kStrip];  ///< of each chunk of the span
+    SsdSteps<T> steps[kSpan / kStrip];  ///< of each chunk of the span
     T* states;         ///< before each chunk of the span, [state_size] each
     T* d_state;        ///< dH
     T* turned;         ///< H^T or dH^T [channels][state_width]; at first B^T and a copy of C
-    T *db, *dc;        ///< of the span, [kSsdSpan][state_width]
+    T *db, *dc;        ///< of the span, [kSpan][state_width]
     T* d_scores;       ///< d(CB^T) of each chunk, [chunk][chunk]
     T *x, *dy, *y, *dx, *update;  ///< [chunk][width]
     T* x_turned;       ///< [channels][chunk]
@@ -92,12 +93,12 @@ class Backward {
     const int64_t width = chunk_.width, state_width = chunk_.state_width;
     Workspace w;
     for (auto& steps : w.steps) steps.lay_out(arena, p_.chunk);
-    w.states = arena.take<T>(kSsdSpan / p_.chunk * chunk_.state_size);
+    w.states = arena.take<T>(kSpan / p_.chunk * chunk_.state_size);
     w.d_state = arena.take<T>(chunk_.state_size);
     w.turned = arena.take<T>(max_of(width, 2 * p_.chunk) * state_width);
-    w.db = arena.take<T>(kSsdSpan * state_width);
-    w.dc = arena.take<T>(kSsdSpan * state_width);
-    w.d_scores = arena.take<T>(kSsdSpan * p_.chunk);
+    w.db = arena.take<T>(kSpan * state_width);
+    w.dc = arena.take<T>(kSpan * state_width);
+    w.d_scores = arena.take<T>(kSpan * p_.chunk);
     w.x = arena.take<T>(p_.chunk * width);
     w.dy = arena.take<T>(p_.chunk * width);
     w.y = arena.take<T>(p_.chunk * width);
@@ -117,26 +118,21 @@ class Backward {
 
   /// Which tokens a chunk has, of which head.
   struct Place {
-    const SsdRun& run;
+    const Run& run;
     int64_t head, group, t0, n;
   };
 
   T* d_boundary(int64_t index, int64_t head) const {
     return d_boundaries_ + (index * p_.heads + head) * chunk_.state_size;
   }
-  TokenRows rows(const SsdTensor& x, const Place& at) const {
+  TokenRows rows(const SequenceTensor& x, const Place& at) const {
     return chunk_.rows(x, at.run.batch, at.head, at.t0);
   }
-  TokenRows group_rows(const SsdTensor& x, const Place& at) const {
+  TokenRows group_rows(const SequenceTensor& x, const Place& at) const {
     return chunk_.rows(x, at.run.batch, at.group, at.t0);
   }
-  void scale_states(const SsdTensor& x, const Place& at, const T* scale, T* out) const {
+  void scale_states(const SequenceTensor& x, const Place& at, const T* scale, T* out) const {
     copy_rows<T>(group_rows(x, at), at.n, p_.states, chunk_.state_width, scale, out);
-  }
-
-  int64_t first_of(const SsdRun& run, int64_t span) const { return run.begin + span * kSsdSpan; }
-  int64_t last_of(const SsdRun& run, int64_t span) const {
-    return min_of(first_of(run, span) + kSsdSpan, run.end);
   }
 
   /// dY: d_out, with a gate times silu(z).
@@ -155,10 +151,10 @@ class Backward {
 
   // ---- 1 and 2: gradients at the boundaries
 
-  void own_gradient(const SsdSpan& span, int64_t head, Workspace w) const {
+  void own_gradient(const Span& span, int64_t head, Workspace w) const {
     if (span.index == 0) return;
-    const SsdRun& run = p_.runs[span.run];
-    const int64_t first = first_of(run, span.index), last = last_of(run, span.index);
+    const Run& run = p_.runs.runs[span.run];
+    const int64_t first = run.begin_of(span.index), last = run.end_of(span.index);
     __builtin_memset(w.d_state, 0, size_t(chunk_.state_size) * sizeof(T));
     T decay = 1;
     for (int64_t t0 = first + (last - first - 1) / p_.chunk * p_.chunk; t0 >= first; t0 -= p_.chunk) {
@@ -166,7 +162,7 @@ class Backward {
       w.steps[0].prepare(p_, run.batch, head, t0, at.n);
       load_dy(at, w.dy);
       retreat(at, w.steps[0], w);
-      decay *= w.steps[0].decay;
+      decay *= w.steps[0].whole;
     }
     const int64_t boundary = run.boundary + span.index - 1;
     decays_[boundary * p_.heads + head] = decay;
@@ -176,15 +172,15 @@ class Backward {
   /// dH before a chunk, from dH behind it.
   void retreat(const Place& at, const SsdSteps<T>& steps, const Workspace& w) const {
     scale_states(p_.c, at, steps.from_start, w.scaled);
-    chunk_.advance(w.scaled, steps.decay, {w.dy, chunk_.width}, at.n, w.d_state, w.row);
+    chunk_.advance(w.scaled, steps.whole, {w.dy, chunk_.width}, at.n, w.d_state, w.row);
   }
 
   /// The gradient of a run's last state, [states][width]; whether there is any.
-  bool load_last(const SsdRun& run, int64_t head, T* out, T* other) const {
-    const T* final =
-        run.final >= 0 && g_.d_final ? chunk_.state_at(g_.d_final, run.final, head) : nullptr;
-    const T* sequence = run.sequence >= 0 && g_.d_sequence_states
-                            ? chunk_.state_at(g_.d_sequence_states, run.sequence, head)
+  bool load_last(const Run& run, int64_t head, T* out, T* other) const {
+    const int64_t row = chunk_.final_of(run);
+    const T* final = row >= 0 && g_.d_final ? chunk_.state_at(g_.d_final, row, head) : nullptr;
+    const T* sequence = run.last >= 0 && g_.d_sequence_states
+                            ? chunk_.state_at(g_.d_sequence_states, run.last, head)
                             : nullptr;
     chunk_.load_state(final ? final : sequence, out);
     if (final && sequence) {
@@ -194,7 +190,7 @@ class Backward {
     return final || sequence;
   }
 
-  void join(const SsdRun& run, int64_t head, const Workspace& w) const {
+  void join(const Run& run, int64_t head, const Workspace& w) const {
     const bool any = load_last(run, head, w.d_state, w.states);
     if (run.spans() == 0 && run.initial >= 0 && g_.d_initial) {
       chunk_.store_state(w.d_state, chunk_.state_at(g_.d_initial, run.initial, head));
@@ -212,13 +208,13 @@ class Backward {
 
   // ---- 3
 
-  void run_span(const SsdSpan& span, int64_t group, T* share, Workspace w) const {
-    const SsdRun& run = p_.runs[span.run];
-    const int64_t first = first_of(run, span.index), last = last_of(run, span.index);
+  void run_span(const Span& span, int64_t group, T* share, Workspace w) const {
+    const Run& run = p_.runs.runs[span.run];
+    const int64_t first = run.begin_of(span.index), last = run.end_of(span.index);
     const int64_t bytes = (last - first) * chunk_.state_width * int64_t(sizeof(T));
     __builtin_memset(w.db, 0, size_t(bytes));
     __builtin_memset(w.dc, 0, size_t(bytes));
-    __builtin_memset(w.d_scores, 0, size_t(kSsdSpan * p_.chunk) * sizeof(T));
+    __builtin_memset(w.d_scores, 0, size_t(kSpan * p_.chunk) * sizeof(T));
     const int64_t per_group = p_.heads / p_.groups;
     for (int64_t head = group * per_group; head < (group + 1) * per_group; ++head) {
       run_head(span, head, share, w);
@@ -229,9 +225,9 @@ class Backward {
     }
   }
 
-  void run_head(const SsdSpan& span, int64_t head, T* share, Workspace& w) const {
-    const SsdRun& run = p_.runs[span.run];
-    const int64_t first = first_of(run, span.index), last = last_of(run, span.index);
+  void run_head(const Span& span, int64_t head, T* share, Workspace& w) const {
+    const Run& run = p_.runs.runs[span.run];
+    const int64_t first = run.begin_of(span.index), last = run.end_of(span.index);
     const int64_t chunks = ceil_div(last - first, p_.chunk);
     const auto place = [&](int64_t c) {
       const int64_t t0 = first + c * p_.chunk;
@@ -250,7 +246,7 @@ class Backward {
       __builtin_memcpy(next, next - chunk_.state_size, size_t(chunk_.state_size) * sizeof(T));
       scale_states(p_.b, at, w.steps[c].weight, w.scaled);
       copy_rows<T>(rows(p_.x, at), at.n, p_.channels, chunk_.width, nullptr, w.x);
-      chunk_.advance(w.scaled, w.steps[c].decay, {w.x, chunk_.width}, at.n, next, w.row);
+      chunk_.advance(w.scaled, w.steps[c].whole, {w.x, chunk_.width}, at.n, next, w.row);
     }
     bool behind = true;  // whether anything after the chunk depends on its state
     if (span.index + 1 < run.spans()) {
@@ -351,7 +347,7 @@ class Backward {
       Vec<T> in_row = {};
       for (int64_t i = 0; i < end; i += L) {
         const int64_t cell = t * p_.chunk + i;
-        const Vec<T> e = chunk_.segment(s, t, i, lane), dt = load(s.dt + i);
+        const Vec<T> e = s.between(t, i, lane), dt = load(s.dt + i);
         const Vec<T> score = load(scores + cell);
         const Vec<T> d = load(w.d_mixed + cell) * e;
         Vec<T> m = score * e * dt, d_score = d * dt, d_dt = d * score, d_a = d_dt * dt;
@@ -450,7 +446,7 @@ class Backward {
         both += left >= L ? v : select<T>(iota<T>() < IntOf<T>(left), v, Vec<T>{});
       }
     }
-    return double(s.decay) * double(sum_of_lanes<T>(both));
+    return double(s.whole) * double(sum_of_lanes<T>(both));
   }
 
   /// a_t is the sum of dt A up to t, so the gradient of dt_t A is the sum of da from t on.
@@ -502,7 +498,7 @@ class Backward {
   void add_shares(const T* shares) const {
     for (int64_t i = 0; i < share_size(); ++i) {
       double sum = 0;
-      for (int64_t k = 0; k < p_.span_count; ++k) sum += double(shares[k * share_size() + i]);
+      for (int64_t k = 0; k < p_.runs.span_count; ++k) sum += double(shares[k * share_size() + i]);
       if (i < p_.heads) {
         static_cast<T*>(g_.da)[i] = T(sum);
       } else if (i < 2 * p_.heads) {

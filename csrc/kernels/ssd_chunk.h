@@ -10,30 +10,23 @@
 // channels along lanes. C B^T is the same for all heads of a group and is calculated once.
 #pragma once
 
+#include "kernels/decay.h"
 #include "kernels/pack.h"
-#include "kernels/parallel.h"
 #include "kernels/ssd.h"
-#include "simd/math.h"
 
 namespace longspan::LONGSPAN_ISA {
 
-/// Sums over a triangle are cut into strips of so many rows, each only as deep as it needs.
-inline constexpr int64_t kStrip = 16;
-
-/// What the time steps of one head do over one chunk. Arrays of a number a token; logarithms to base 2.
+/// What the time steps of one head do over one chunk. Arrays of a number a token.
 template <class T>
-struct SsdSteps {
-  T* raw;         ///< dt + dt_bias
-  T* dt;          ///< after softplus and clamp
-  T* slope;       ///< d dt / d raw
-  T *high, *low;  ///< a_t in two parts, so that differences of large sums keep their bits
-  T* from_start;  ///< exp(a_t)
-  T* to_end;      ///< exp(a_n - a_t)
-  T* weight;      ///< to_end * dt
-  T decay;        ///< exp(a_n)
+struct SsdSteps : Decay<T> {
+  T* raw;     ///< dt + dt_bias
+  T* dt;      ///< after softplus and clamp
+  T* slope;   ///< d dt / d raw
+  T* weight;  ///< to_end * dt
 
   void lay_out(Arena& arena, int64_t tokens) {
-    T** const arrays[] = {&raw, &dt, &slope, &high, &low, &from_start, &to_end, &weight};
+    Decay<T>::lay_out(arena, tokens);
+    T** const arrays[] = {&raw, &dt, &slope, &weight};
     for (T** array : arrays) *array = arena.take<T>(tokens);
   }
 
@@ -55,45 +48,13 @@ struct SsdSteps {
       x = select<T>(x < least, least, x);
       store(dt + t, select<T>(x > most, most, x));
     }
-    // Beyond 2^-4096 any state is forgotten, and sums of such numbers stay finite.
-    constexpr double kLimit = 4096;
     const double rate = double(static_cast<const T*>(p.a)[head]) * kLog2e;
-    double sum = 0;
-    for (int64_t t = 0; t < p.chunk; ++t) {
-      if (t < n) {
-        const double step = double(dt[t]) * rate;
-        sum += step < -kLimit ? -kLimit : step > kLimit ? kLimit : step;
-      }
-      high[t] = T(sum);
-      low[t] = T(sum - double(high[t]));
-    }
-    const T end_high = high[n - 1], end_low = low[n - 1];
+    Decay<T>::prepare(n, p.chunk, [&](int64_t t) { return double(dt[t]) * rate; });
     for (int64_t t = 0; t < p.chunk; t += L) {
-      const Vec<T> h = load(high + t), l = load(low + t);
-      store(from_start + t, exp2<T>(h + l));
-      const Vec<T> e = exp2<T>((end_high - h) + (end_low - l));
-      store(to_end + t, e);
-      store(weight + t, e * load(dt + t));
+      store(weight + t, load(this->to_end + t) * load(dt + t));
     }
-    decay = from_start[n - 1];
   }
 };
-
-/// Rows of tokens with a unit stride, converted and padded: out [n][width], scaled a row each where
-/// scale is not null.
-template <class T>
-LS_INLINE void copy_rows(TokenRows x, int64_t n, int64_t columns, int64_t width, const T* scale,
-                         T* out) {
-  constexpr int L = kLanes<T>;
-  for (int64_t t = 0; t < n; ++t) {
-    const Vec<T> factor = broadcast(scale ? scale[t] : T(1));
-    const TokenRows row = x.from(t);
-    for (int64_t c = 0; c < width; c += L) {
-      const Vec<T> v = load_as<T>(row.data, row.dtype, c, max_of<int64_t>(columns - c, 0));
-      store(out + t * width + c, v * factor);
-    }
-  }
-}
 
 template <class Dot>
 class SsdChunk {
@@ -111,7 +72,7 @@ class SsdChunk {
   int64_t state_width;  ///< of a row of states
   int64_t state_size;   ///< of a state in work
 
-  TokenRows rows(const SsdTensor& x, int64_t batch, int64_t head, int64_t token) const {
+  TokenRows rows(const SequenceTensor& x, int64_t batch, int64_t head, int64_t token) const {
     const int64_t at = batch * x.batch + token * x.token + head * x.head;
     return {static_cast<char*>(x.data) + at * size_of(p.dtype), p.dtype, x.token};
   }
@@ -130,10 +91,10 @@ class SsdChunk {
 
   /// C B^T of every chunk of a span, one group. Scratch: state_width * p.chunk for B^T, and as much
   /// for a copy of C.
-  void group_scores(const SsdSpan& span, int64_t group, T* scores, T* scratch) const {
-    const SsdRun& run = p.runs[span.run];
-    const int64_t first = run.begin + span.index * kSsdSpan, last = min_of(first + kSsdSpan, run.end);
-    for (int64_t t0 = first; t0 < last; t0 += p.chunk) {
+  void group_scores(const Span& span, int64_t group, T* scores, T* scratch) const {
+    const Run& run = p.runs.runs[span.run];
+    const int64_t last = run.end_of(span.index);
+    for (int64_t t0 = run.begin_of(span.index); t0 < last; t0 += p.chunk) {
       const int64_t n = min_of(p.chunk, last - t0);
       T* turned = scratch;
       transposed<Dot>(rows(p.b, run.batch, group, t0), n, p.states, turned, p.chunk);
@@ -154,18 +115,11 @@ class SsdChunk {
     for (int64_t t = 0; t < n; ++t) {
       const int64_t strip_end = round_up(min_of(t / kStrip * kStrip + kStrip, n), L);
       for (int64_t i = 0; i < strip_end; i += L) {
-        Vec<T> m = load(scores + t * p.chunk + i) * segment(s, t, i, lane) * load(s.dt + i);
+        Vec<T> m = load(scores + t * p.chunk + i) * s.between(t, i, lane) * load(s.dt + i);
         if (i + L > t) m = select<T>(lane + T(i) <= T(t), m, Vec<T>{});
         store(out + t * p.chunk + i, m);
       }
     }
-  }
-
-  /// exp(a_t - a_s) for the lanes s from i; 0 for s > t, masked before the exponential.
-  LS_INLINE Vec<T> segment(const SsdSteps<T>& s, int64_t t, int64_t i, Vec<T> lane) const {
-    Vec<T> a = (s.high[t] - load(s.high + i)) + (s.low[t] - load(s.low + i));
-    if (i + L > t) a = select<T>(lane + T(i) <= T(t), a, broadcast(-kInfinity<T>));
-    return exp2<T>(a);
   }
 
   /// Y += M X, or Y = M X. A zero of M must not meet an infinite x of the future (tile.h).
@@ -242,7 +196,11 @@ class SsdChunk {
   T* state_at(const void* states, int64_t index, int64_t head) const {
     return static_cast<T*>(const_cast<void*>(states)) + (index * p.heads + head) * p.channels * p.states;
   }
-  const T* initial_of(const SsdRun& run, int64_t head) const {
+  /// Which of the batch rows' final states a run's last state is, or -1.
+  int64_t final_of(const Run& run) const {
+    return p.packed == 0 ? run.last : run.last + 1 == p.packed ? 0 : -1;
+  }
+  const T* initial_of(const Run& run, int64_t head) const {
     return run.initial < 0 ? nullptr : state_at(p.initial, run.initial, head);
   }
 };

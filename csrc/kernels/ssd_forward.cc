@@ -27,12 +27,12 @@ class Forward {
   explicit Forward(const SsdParams& p) : p_(p), chunk_(p_) {}
 
   void run() {
-    const int64_t whole = p_.run_count * p_.heads;
-    const bool few = whole < kEnoughTasks && p_.boundary_count > 0;
-    const int64_t boundary_size = p_.boundary_count * p_.heads * p_.states * p_.channels;
+    const int64_t whole = p_.runs.run_count * p_.heads;
+    const bool few = whole < kEnoughTasks && p_.runs.boundary_count > 0;
+    const int64_t boundary_size = p_.runs.boundary_count * p_.heads * p_.states * p_.channels;
     Scratch own(few && p_.boundaries == nullptr ? boundary_size * int64_t(sizeof(T)) : 0);
     if (few && p_.boundaries == nullptr) p_.boundaries = own.at(0);
-    const int threads = threads_for(max_of(whole, p_.span_count * p_.heads), p_.threads);
+    const int threads = threads_for(max_of(whole, p_.runs.span_count * p_.heads), p_.threads);
     Arena measure;
     lay_out(measure);
     Scratch scratch(measure.used() * threads);
@@ -42,29 +42,31 @@ class Forward {
     };
     Scratch score_space(chunk_.scores_size() * int64_t(sizeof(T)));
     T* scores = reinterpret_cast<T*>(score_space.at(0));
-    parallel_for(p_.span_count * p_.groups, threads, [&](int64_t task, int thread) {
-      chunk_.group_scores(p_.spans[task / p_.groups], task % p_.groups, scores, work(thread).scaled);
+    parallel_for(p_.runs.span_count * p_.groups, threads, [&](int64_t task, int thread) {
+      chunk_.group_scores(p_.runs.spans[task / p_.groups], task % p_.groups, scores,
+                          work(thread).scaled);
     });
 
     if (!few) {
       parallel_for(whole, threads, [&](int64_t task, int thread) {
-        run_whole(p_.runs[task / p_.heads], task % p_.heads, scores, work(thread));
+        run_whole(p_.runs.runs[task / p_.heads], task % p_.heads, scores, work(thread));
       });
       return;
     }
-    Scratch decay_space(p_.boundary_count * p_.heads * int64_t(sizeof(T)));
+    Scratch decay_space(p_.runs.boundary_count * p_.heads * int64_t(sizeof(T)));
     T* decays = reinterpret_cast<T*>(decay_space.at(0));
-    parallel_for(p_.span_count * p_.heads, threads, [&](int64_t task, int thread) {
-      own_state(p_.spans[task / p_.heads], task % p_.heads, decays, work(thread));
+    parallel_for(p_.runs.span_count * p_.heads, threads, [&](int64_t task, int thread) {
+      own_state(p_.runs.spans[task / p_.heads], task % p_.heads, decays, work(thread));
     });
-    parallel_for(whole, threads,
-                 [&](int64_t task, int) { join(p_.runs[task / p_.heads], task % p_.heads, decays); });
-    parallel_for(p_.span_count * p_.heads, threads, [&](int64_t task, int thread) {
-      const SsdSpan& span = p_.spans[task / p_.heads];
-      run_span(p_.runs[span.run], span.index, task % p_.heads, scores, work(thread));
+    parallel_for(whole, threads, [&](int64_t task, int) {
+      join(p_.runs.runs[task / p_.heads], task % p_.heads, decays);
+    });
+    parallel_for(p_.runs.span_count * p_.heads, threads, [&](int64_t task, int thread) {
+      const Span& span = p_.runs.spans[task / p_.heads];
+      run_span(p_.runs.runs[span.run], span.index, task % p_.heads, scores, work(thread));
     });
     parallel_for(whole, threads, [&](int64_t task, int thread) {
-      const SsdRun& run = p_.runs[task / p_.heads];
+      const Run& run = p_.runs.runs[task / p_.heads];
       if (run.spans() == 0) run_whole(run, task % p_.heads, scores, work(thread));
     });
   }
@@ -92,9 +94,11 @@ class Forward {
     return w;
   }
 
-  static bool state_wanted(const SsdRun& run) { return run.final >= 0 || run.sequence >= 0; }
+  bool state_wanted(const Run& run) const {
+    return run.last >= 0 && (p_.sequence_states || (p_.final && chunk_.final_of(run) >= 0));
+  }
 
-  void run_whole(const SsdRun& run, int64_t head, const T* scores, const Workspace& w) const {
+  void run_whole(const Run& run, int64_t head, const T* scores, const Workspace& w) const {
     chunk_.load_state(chunk_.initial_of(run, head), w.state);
     for (int64_t k = 0; k < run.spans(); ++k) {
       walk(run, k, head, k + 1 < run.spans() || state_wanted(run), scores, w);
@@ -105,7 +109,7 @@ class Forward {
     keep_last(run, head, w.state);
   }
 
-  void run_span(const SsdRun& run, int64_t k, int64_t head, const T* scores, const Workspace& w) const {
+  void run_span(const Run& run, int64_t k, int64_t head, const T* scores, const Workspace& w) const {
     if (k == 0) {
       chunk_.load_state(chunk_.initial_of(run, head), w.state);
     } else {
@@ -115,24 +119,24 @@ class Forward {
     if (k + 1 == run.spans()) keep_last(run, head, w.state);
   }
 
-  void keep_last(const SsdRun& run, int64_t head, const T* state) const {
-    if (run.final >= 0) chunk_.store_state(state, chunk_.state_at(p_.final, run.final, head));
-    if (run.sequence >= 0) {
-      chunk_.store_state(state, chunk_.state_at(p_.sequence_states, run.sequence, head));
+  void keep_last(const Run& run, int64_t head, const T* state) const {
+    const int64_t final = chunk_.final_of(run);
+    if (p_.final && final >= 0) chunk_.store_state(state, chunk_.state_at(p_.final, final, head));
+    if (p_.sequence_states && run.last >= 0) {
+      chunk_.store_state(state, chunk_.state_at(p_.sequence_states, run.last, head));
     }
   }
 
   /// The state that a span leaves if it begins from zero (the first: from the run's initial state), and
   /// how much of what it began from is left.
-  void own_state(const SsdSpan& span, int64_t head, T* decays, Workspace w) const {
-    const SsdRun& run = p_.runs[span.run];
+  void own_state(const Span& span, int64_t head, T* decays, Workspace w) const {
+    const Run& run = p_.runs.runs[span.run];
     if (span.index + 1 == run.spans()) return;
     chunk_.load_state(span.index == 0 ? chunk_.initial_of(run, head) : nullptr, w.state);
     T decay = 1;
-    const int64_t first = run.begin + span.index * kSsdSpan;
-    for (int64_t t0 = first; t0 < first + kSsdSpan; t0 += p_.chunk) {
+    for (int64_t t0 = run.begin_of(span.index); t0 < run.end_of(span.index); t0 += p_.chunk) {
       w.steps.prepare(p_, run.batch, head, t0, p_.chunk);
-      decay *= w.steps.decay;
+      decay *= w.steps.whole;
       advance(run, head, t0, p_.chunk, x_of(run, head, t0, p_.chunk, w), w);
     }
     const int64_t at = run.boundary + span.index;
@@ -140,7 +144,7 @@ class Forward {
     chunk_.store_boundary(w.state, chunk_.boundary(at, head));
   }
 
-  void join(const SsdRun& run, int64_t head, const T* decays) const {
+  void join(const Run& run, int64_t head, const T* decays) const {
     const int64_t size = p_.states * p_.channels;
     for (int64_t k = 1; k + 1 < run.spans(); ++k) {
       const Vec<T> decay = broadcast(decays[(run.boundary + k) * p_.heads + head]);
@@ -154,10 +158,9 @@ class Forward {
   }
 
   /// One span from the state in w.state, which is moved to the span's end if anyone wants it there.
-  void walk(const SsdRun& run, int64_t k, int64_t head, bool wanted, const T* scores,
-            Workspace w) const {
-    const int64_t first = run.begin + k * kSsdSpan, last = min_of(first + kSsdSpan, run.end);
-    for (int64_t t0 = first; t0 < last; t0 += p_.chunk) {
+  void walk(const Run& run, int64_t k, int64_t head, bool wanted, const T* scores, Workspace w) const {
+    const int64_t last = run.end_of(k);
+    for (int64_t t0 = run.begin_of(k); t0 < last; t0 += p_.chunk) {
       const int64_t n = min_of(p_.chunk, last - t0);
       w.steps.prepare(p_, run.batch, head, t0, n);
       const Operand<Dot> x = x_of(run, head, t0, n, w);
@@ -178,19 +181,19 @@ class Forward {
     }
   }
 
-  Operand<Dot> x_of(const SsdRun& run, int64_t head, int64_t t0, int64_t n, const Workspace& w) const {
+  Operand<Dot> x_of(const Run& run, int64_t head, int64_t t0, int64_t n, const Workspace& w) const {
     return by_token<Dot>(chunk_.rows(p_.x, run.batch, head, t0), n, p_.channels, true, w.x);
   }
 
-  void advance(const SsdRun& run, int64_t head, int64_t t0, int64_t n, Operand<Dot> x,
+  void advance(const Run& run, int64_t head, int64_t t0, int64_t n, Operand<Dot> x,
                const Workspace& w) const {
     copy_rows<T>(chunk_.rows(p_.b, run.batch, chunk_.group_of(head), t0), n, p_.states,
                  chunk_.state_width, w.steps.weight, w.scaled);
-    chunk_.advance(w.scaled, w.steps.decay, x, n, w.state, w.row);
+    chunk_.advance(w.scaled, w.steps.whole, x, n, w.state, w.row);
   }
 
   /// out = (y + D x) * silu(z)
-  void write(const SsdRun& run, int64_t head, int64_t t0, int64_t n, Operand<Dot> x, const T* y) const {
+  void write(const Run& run, int64_t head, int64_t t0, int64_t n, Operand<Dot> x, const T* y) const {
     const T* d = p_.d ? static_cast<const T*>(p_.d) + head * p_.channels : nullptr;
     const TokenRows out = chunk_.rows(p_.out, run.batch, head, t0);
     for (int64_t t = 0; t < n; ++t) {

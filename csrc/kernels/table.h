@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/conv.h"
+#include "kernels/linear_attention.h"
 #include "kernels/norm.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
@@ -19,6 +20,9 @@
   X(conv_forward)               \
   X(conv_backward)              \
   X(conv_update)                \
+  X(linear_attention_forward)   \
+  X(linear_attention_backward)  \
+  X(linear_attention_step)      \
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
   X(selective_scan_forward)     \

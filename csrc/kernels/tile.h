@@ -74,6 +74,7 @@ enum class Start {
   kZero,        ///< nothing: C is written
   kAccumulate,  ///< C itself
   kRescale,     ///< C times a factor per column (the online softmax's correction)
+  kRescaleRows, ///< C times a factor per row (a state's decay)
 };
 
 template <class Dot>
@@ -87,7 +88,7 @@ struct Product {
   int64_t ldb;
   Sum* c;
   int64_t ldc;
-  const Sum* rescale = nullptr;  ///< one factor a column, for Start::kRescale
+  const Sum* rescale = nullptr;  ///< one factor a column or row, for Start::kRescale, kRescaleRows
 
   template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
   LS_INLINE void tile(int64_t m, int64_t n, int64_t depth) const {
@@ -104,6 +105,7 @@ struct Product {
           sum[i][j] = load(c + (m + i) * ldc + n + j * L);
         }
         if constexpr (kStart == Start::kRescale) sum[i][j] *= load(rescale + n + j * L);
+        if constexpr (kStart == Start::kRescaleRows) sum[i][j] *= broadcast(rescale[m + i]);
       }
     }
     const Element* arow[kRows];

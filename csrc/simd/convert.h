@@ -113,4 +113,18 @@ LS_INLINE void store_as(void* data, Dtype dtype, int64_t at, Vec<T> v, int64_t n
   }
 }
 
+/// body.operator()<dtype>(): chosen once a block, not once a vector.
+template <class T, class Body>
+LS_INLINE void with_dtype(Dtype dtype, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body.template operator()<Dtype::kDouble>();
+  } else if (dtype == Dtype::kFloat) {
+    body.template operator()<Dtype::kFloat>();
+  } else if (dtype == Dtype::kBfloat16) {
+    body.template operator()<Dtype::kBfloat16>();
+  } else {
+    body.template operator()<Dtype::kHalf>();
+  }
+}
+
 }  // namespace longspan::LONGSPAN_ISA

@@ -69,6 +69,24 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
 
+  // q (B, H, T, K), k, v (B, H_kv, T, K or V), gate (B, H, T) or (B, H, T, K), states (B, H, K, V) or,
+  // of packed sequences, (S, H, K, V); norms likewise (B, H, K). -> out, last state, last norm,
+  // denominators (B, H, T), states between spans (kernels/runs.h); empty where not asked for
+  m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? initial_state, "
+      "Tensor? initial_norm, Tensor? cu_seqlens, bool causal, float scale, bool normalize, float eps, "
+      "bool return_final_state, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // out where normalized. -> dq, dk, dv, d_gate, d_initial_state, d_initial_norm (empty where there are
+  // none)
+  m.def(
+      "linear_attention_backward(Tensor d_out, Tensor? d_state, Tensor? d_norm, Tensor? out, "
+      "Tensor denominators, Tensor boundaries, Tensor q, Tensor k, Tensor v, Tensor? gate, "
+      "Tensor? initial_state, Tensor? initial_norm, Tensor? cu_seqlens, bool causal, float scale, "
+      "bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // q (B, H, K), k, v (B, H_kv, K or V), gate (B, H) or (B, H, K). Writes state (B, H, K, V) and norm
+  m.def(
+      "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? norm, "
+      "Tensor? gate, float scale, float eps) -> Tensor");
   // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
   // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
   // each chunk (chunks, N, D), of which there are none unless asked for

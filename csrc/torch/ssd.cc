@@ -2,13 +2,13 @@
 #include "kernels/ssd.h"
 
 #include "kernels/table.h"
-#include "torch/tensors.h"
+#include "torch/runs.h"
 
 namespace longspan::binding {
 namespace {
 
 /// (B, L, heads or groups, ...) or (B, L, H).
-SsdTensor layout(const Tensor& x) {
+SequenceTensor layout(const Tensor& x) {
   return {const_cast<void*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -18,8 +18,7 @@ struct Arguments {
   Tensor x, dt, b, c, a;
   OptionalTensor d, z, dt_bias, initial;
   std::vector<int64_t> cu;
-  std::vector<SsdRun> runs;
-  std::vector<SsdSpan> spans;
+  Runs runs;
 
   Arguments(const Tensor& x_, const Tensor& dt_, const Tensor& a_, const Tensor& b_, const Tensor& c_,
             const OptionalTensor& d_, const OptionalTensor& z_, const OptionalTensor& dt_bias_,
@@ -41,8 +40,8 @@ struct Arguments {
                         c.size(1) == p.length && c.size(2) == p.groups && c.size(3) == p.states &&
                         a.numel() == p.heads && p.groups > 0 && p.heads % p.groups == 0,
                     "ssd: shapes of x, dt, A, B and C do not fit");
-    STD_TORCH_CHECK(chunk_size >= 16 && chunk_size <= kSsdSpan && (chunk_size & (chunk_size - 1)) == 0,
-                    "ssd: chunk_size is a power of two from 16 to ", kSsdSpan);
+    STD_TORCH_CHECK(chunk_size >= 16 && chunk_size <= kSpan && (chunk_size & (chunk_size - 1)) == 0,
+                    "ssd: chunk_size is a power of two from 16 to ", kSpan);
     p.chunk = chunk_size;
     p.x = layout(x), p.dt = layout(dt), p.b = layout(b), p.c = layout(c);
     p.a = a.const_data_ptr();
@@ -64,7 +63,10 @@ struct Arguments {
       dt_bias = dense_parameter(*dt_bias_, x);
       p.dt_bias = dt_bias->const_data_ptr();
     }
-    if (cu_) check_offsets();
+    if (cu_) {
+      check_offsets("ssd", "x", cu, p.batch, p.length);
+      p.packed = sequences();
+    }
     if (initial_) {
       STD_TORCH_CHECK(initial_->numel() == sequences() * p.heads * p.channels * p.states,
                       "ssd: initial_states is (sequences, heads, channels, states)");
@@ -80,28 +82,7 @@ struct Arguments {
   int64_t sequences() const { return cu.empty() ? params.batch : int64_t(cu.size()) - 1; }
 
  private:
-  void check_offsets() const {
-    STD_TORCH_CHECK(params.batch == 1, "ssd: x: expected a batch of 1 beside cu_seqlens, got ",
-                    params.batch);
-    STD_TORCH_CHECK(cu.size() >= 2 && cu.front() == 0 && cu.back() == params.length,
-                    "ssd: cu_seqlens: expected to begin with 0 and to end with the length, ",
-                    params.length);
-    for (size_t i = 1; i < cu.size(); ++i) {
-      STD_TORCH_CHECK(cu[i] >= cu[i - 1], "ssd: cu_seqlens: expected not to decrease, got ", cu[i],
-                      " after ", cu[i - 1]);
-    }
-  }
-
-  void add_run(SsdRun run) {
-    run.first_span = int64_t(spans.size());
-    run.boundary = params.boundary_count;
-    for (int64_t k = 0; k < run.spans(); ++k) spans.push_back({int64_t(runs.size()), k});
-    params.boundary_count += run.spans() > 0 ? run.spans() - 1 : 0;
-    runs.push_back(run);
-  }
-
-  /// Runs: each batch row, or each packed sequence, cut where seq_idx changes. Every one of them keeps
-  /// its number as initial, final and sequence; whoever has no such states takes the numbers away.
+  /// Runs: each batch row, or each packed sequence, cut where seq_idx changes.
   void cut(const OptionalTensor& seq_idx) {
     SsdParams& p = params;
     std::vector<int64_t> index = integers_of(seq_idx);
@@ -113,21 +94,14 @@ struct Arguments {
       int64_t from = begin;
       for (int64_t t = begin + 1; t < end && seq_idx; ++t) {
         if (index[row * p.length + t] == index[row * p.length + t - 1]) continue;
-        add_run({row, from, t, from == begin && initial ? s : -1, -1, -1, 0, 0});
+        runs.add({row, from, t, from == begin && initial ? s : -1, -1});
         from = t;
       }
-      const bool last = cu.empty() || s + 1 == sequences();
-      add_run({row, from, end, from == begin && initial ? s : -1, last ? row : -1, cu.empty() ? -1 : s,
-               0, 0});
+      runs.add({row, from, end, from == begin && initial ? s : -1, s});
     }
-    p.runs = runs.data(), p.run_count = int64_t(runs.size());
-    p.spans = spans.data(), p.span_count = int64_t(spans.size());
+    p.runs = runs.table();
   }
 };
-
-/// More boundaries than any way of cutting (B, L) into runs has: known without looking at the values.
-/// One more, for an exported length must not depend on whether there are any.
-int64_t most_boundaries(const SsdParams& p) { return p.batch * (p.length / kSsdSpan + 1); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor dt, Tensor a_, Tensor b, Tensor c,
                                                    OptionalTensor d, OptionalTensor z,
@@ -146,19 +120,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor dt, Tensor a
   Tensor out = empty_of(x, {p.batch, p.length, p.heads, p.channels});
   Tensor final = states(return_final_states, p.batch);
   Tensor varlen = states(return_varlen_states, a.sequences());
-  Tensor boundaries = keep_boundaries
-                          ? empty_of(x, {most_boundaries(p), p.heads, p.states, p.channels}, sums)
-                          : empty_of(x, {0}, sums);
-  for (SsdRun& run : a.runs) {
-    if (!return_final_states) run.final = -1;
-    if (!return_varlen_states) run.sequence = -1;
-  }
+  const int64_t most = most_boundaries(p.batch, p.length);
+  Tensor boundaries = keep_boundaries ? empty_of(x, {most, p.heads, p.states, p.channels}, sums)
+                                      : empty_of(x, {0}, sums);
   p.out = layout(out);
-  p.final = final.data_ptr(), p.sequence_states = varlen.data_ptr();
+  if (return_final_states) p.final = final.data_ptr();
+  if (return_varlen_states && a.cu.size() > 0) p.sequence_states = varlen.data_ptr();
   if (keep_boundaries) {
-    Tensor unused =
-        torch::stable::narrow(boundaries, 0, p.boundary_count, most_boundaries(p) - p.boundary_count);
-    torch::stable::fill_(unused, 0.0);
+    clear_unused(boundaries, p.runs.boundary_count);
     p.boundaries = boundaries.data_ptr();
   }
   kernels().ssd_forward(p);
@@ -175,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   SsdParams& p = a.params;
   const Tensor d_out = with_unit_last_stride(d_out_),
                boundaries = torch::stable::contiguous(boundaries_);
-  STD_TORCH_CHECK(boundaries.numel() >= p.boundary_count * p.heads * p.states * p.channels,
+  STD_TORCH_CHECK(boundaries.numel() >= p.runs.boundary_count * p.heads * p.states * p.channels,
                   "ssd: boundaries: expected what ssd_forward returned with keep_boundaries");
   p.boundaries = const_cast<void*>(boundaries.data_ptr());
   const ScalarType sums = sum_type(x);

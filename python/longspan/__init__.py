@@ -43,6 +43,7 @@ from longspan.ops.attention import (
     merge_attention,
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
@@ -57,6 +58,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "isa",
+    "linear_attention",
+    "linear_attention_step",
     "merge_attention",
     "models",
     "nn",

@@ -64,6 +64,14 @@ def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | None]
         raise ValueError(f"{function}: {name}: expected {what}, here ({wanted}), got {tuple(x.shape)}")
 
 
+def check_group(function: str, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless each head of k serves as many of q."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{function}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
+        )
+
+
 def check_integers(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
     """Raise unless ``x`` is an int32 or int64 tensor of this shape."""
     check_tensor(function, name, x)
@@ -102,6 +110,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def sum_dtype(x: Tensor) -> torch.dtype:
     """What kernels accumulate in, and states are kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_heads(like: Tensor, channels: int) -> Tensor:
+    """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
+    b, h, t, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(b, t, h, channels).transpose(1, 2)
+    return like.new_empty(b, h, t, channels)
 
 
 _warned: set[str] = set()

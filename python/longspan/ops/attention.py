@@ -20,10 +20,12 @@ from longspan.ops._checks import (
     check_between,
     check_device,
     check_floating,
+    check_group,
     check_integers,
     check_like,
     check_shape,
     check_tensor,
+    empty_heads,
     has_kernels,
     sum_dtype,
 )
@@ -246,7 +248,7 @@ def attention_decode(
                 f"{name}: {label}: expected a last stride of 1, for it is written in place, "
                 f"got {x.stride(3)}"
             )
-    _check_group(name, h, kv_heads)
+    check_group(name, h, kv_heads)
     check_integers(name, "cache_seqlens", cache_seqlens, (b,), "(batch,)")
     for label, index in (("cache_starts", cache_starts), ("cache_batch_idx", cache_batch_idx)):
         if index is not None:
@@ -377,15 +379,8 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
         )
     if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
-    _check_group(name, q_shape[1], k_shape[1])
+    check_group(name, q_shape[1], k_shape[1])
     return q, k, v
-
-
-def _check_group(name: str, heads: int, kv_heads: int) -> None:
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"{name}: k: expected a number of heads that divides q's, {heads}, got {kv_heads}"
-        )
 
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -500,17 +495,9 @@ def _attend(
 # ---- fakes
 
 
-def _empty_heads(like: Tensor, channels: int) -> Tensor:
-    """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
-    b, h, t, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(b, t, h, channels).transpose(1, 2)
-    return like.new_empty(b, h, t, channels)
-
-
 @torch.library.register_fake("longspan::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 @torch.library.register_fake("longspan::attention_backward")
@@ -519,7 +506,7 @@ def _(
     attn_mask: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_sinks = q.new_empty(q.shape[1] if sinks is not None else 0, dtype=torch.float64)
-    return *(_empty_heads(x, x.shape[3]) for x in (q, k, v)), d_sinks  # type: ignore[return-value]
+    return *(empty_heads(x, x.shape[3]) for x in (q, k, v)), d_sinks  # type: ignore[return-value]
 
 
 @torch.library.register_fake("longspan::attention_mask_backward")
@@ -532,7 +519,7 @@ def _(
 
 @torch.library.register_fake("longspan::attention_decode")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return empty_heads(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 # ---- autograd
