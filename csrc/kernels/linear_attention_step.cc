@@ -14,7 +14,7 @@
 namespace longspan::LONGSPAN_ISA {
 namespace {
 
-constexpr int64_t kTaskBytes = 1 << 16;  // of states; a task is not worth handing out below
+constexpr int64_t kTaskBytes = 1 << 18;  // of states; a task is not worth handing out below
 constexpr int64_t kAhead = 4096;         // bytes of state to ask for early
 
 template <class T>
@@ -52,15 +52,15 @@ class Step {
     T factor = T(p_.scale);
     if (p_.norm) factor = normalize(batch, head, q, k, decay);
     T* state = static_cast<T*>(p_.state) + batch * p_.state_batch + head * p_.state_head;
-    int64_t c = 0;
-    for (; c + kMost * L <= p_.value_channels; c += kMost * L)
-      columns<kMost>(state, c, q, k, decay, v, out);
-    for (; c < p_.value_channels; c += L) {
-      p_.value_channels - c >= L ? columns<1>(state, c, q, k, decay, v, out)
-                                 : last_columns(state, c, q, k, decay, v, out);
+    const int64_t whole = p_.value_channels / L * L;
+    if (p_.kind == Gate::kNone) {
+      all_columns<false, kMost>(state, 0, whole, q, k, decay, v, out);
+    } else {
+      all_columns<true, kMost>(state, 0, whole, q, k, decay, v, out);
     }
+    if (whole < p_.value_channels) last_columns(state, whole, q, k, decay, v, out);
     const int64_t to = batch * p_.out.batch + head * p_.out.head;
-    for (c = 0; c < p_.value_channels; c += L) {
+    for (int64_t c = 0; c < p_.value_channels; c += L) {
       store_as<T>(p_.out.data, p_.dtype, to + c, load(out + c) * factor, p_.value_channels - c);
     }
   }
@@ -98,7 +98,17 @@ class Step {
     return denominator == T(0) ? T(0) : T(p_.scale) / denominator;
   }
 
-  template <int kVectors>
+  template <bool kDecays, int kVectors>
+  LS_INLINE void all_columns(T* state, int64_t c, int64_t end, const T* q, const T* k, const T* decay,
+                             const T* v, T* out) const {
+    for (; c + kVectors * L <= end; c += kVectors * L)
+      columns<kDecays, kVectors>(state, c, q, k, decay, v, out);
+    if constexpr (kVectors > 1) {
+      all_columns<kDecays, kVectors / 2>(state, c, end, q, k, decay, v, out);
+    }
+  }
+
+  template <bool kDecays, int kVectors>
   LS_INLINE void columns(T* state, int64_t c, const T* q, const T* k, const T* decay, const T* v,
                          T* out) const {
     Vec<T> values[kVectors], sums[kVectors];
@@ -111,8 +121,9 @@ class Step {
     for (int64_t i = 0; i < p_.key_channels; ++i, row += p_.state_row) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(reinterpret_cast<char*>(row + j * L) + kAhead, 1);
-        const Vec<T> s = load(row + j * L) * decay[i] + values[j] * k[i];
+        __builtin_prefetch(reinterpret_cast<char*>(row + j * L) + kAhead, 1, 2);
+        Vec<T> s = load(row + j * L);
+        s = (kDecays ? s * decay[i] : s) + values[j] * k[i];
         store(row + j * L, s);
         sums[j] += s * q[i];
       }
