@@ -196,6 +196,7 @@ class Update {
     const int64_t blocks = ceil_div(p_.channels, kChannels);
     const int64_t tasks = ceil_div(p_.batch, kSequences) * blocks;
     const int threads = threads_for(tasks, p_.threads);
+    const bool plain = p_.length == 1 && p_.width == 4 && s_.slots == 4 && !s_.written;
     Arena measure;
     lay_out(measure);
     Scratch scratch(measure.used() * threads);
@@ -206,7 +207,9 @@ class Update {
       const int64_t channels = min_of(kChannels, p_.channels - c0);
       load_weights(c0, channels, w.weights);
       for (int64_t b = b0; b < min_of(b0 + kSequences, p_.batch); ++b) {
-        with_dtype<T>(p_.dtype, [&]<Dtype kDtype>() { step<kDtype>(b, c0, channels, w); });
+        with_dtype<T>(p_.dtype, [&]<Dtype kDtype>() {
+          plain ? step<kDtype, true>(b, c0, channels, w) : step<kDtype, false>(b, c0, channels, w);
+        });
       }
     });
   }
@@ -233,49 +236,56 @@ class Update {
     }
   }
 
-  template <Dtype kDtype>
+  /// kPlain: one input, and a width of 4 in 4 slots that are no ring, known when this is compiled. The
+  /// steps of a loop of unknown length take longer than the state's way from memory.
+  template <Dtype kDtype, bool kPlain>
   void step(int64_t b, int64_t c0, int64_t channels, const Workspace& w) const {
-    // Copies: stores might change the parameters, for all that the compiler knows.
-    const ConvTensor x = p_.x, out = p_.out, state = s_.state;
-    const int64_t length = p_.length, width = p_.width, slots = s_.slots, past = width - 1;
-    const int64_t row = s_.rows ? s_.rows[b] : b, written = s_.written ? s_.written[b] : 0;
-    const bool ring = s_.written != nullptr, silu = p_.silu;
+    int64_t i = 0;
+    for (; i + L <= channels; i += L) step_lanes<kDtype, kPlain>(b, c0 + i, L, w.weights + i, w.window);
+    if (i < channels) {
+      step_lanes<kDtype, kPlain>(b, c0 + i, channels - i, w.weights + i, w.window);
+    }
+  }
+
+  template <Dtype kDtype, bool kPlain>
+  LS_INLINE void step_lanes(int64_t b, int64_t c, int64_t n, const T* weights, T* window) const {
+    const int64_t length = kPlain ? 1 : p_.length, width = kPlain ? 4 : p_.width, past = width - 1;
+    const int64_t slots = kPlain ? 4 : s_.slots, row = s_.rows ? s_.rows[b] : b;
+    const bool ring = !kPlain && s_.written;
+    if (row < 0) {
+      for (int64_t t = 0; t < length; ++t) put<kDtype>(p_.out, b, c, t, Vec<T>{}, n);
+      return;
+    }
+    const ConvTensor& state = s_.state;
     const Columns whole{state.data, state.channel, state.time, slots};
-    T* const window = w.window;
-    for (int64_t i = 0; i < channels; i += L) {
-      const int64_t c = c0 + i, n = min_of<int64_t>(L, channels - i);
-      if (row < 0) {
-        for (int64_t t = 0; t < length; ++t) put<kDtype>(out, b, c, t, Vec<T>{}, n);
-        continue;
+    // Where the ring has new input t, or that of -t inputs ago.
+    const auto slot = [&](int64_t t) { return (s_.written[b] + t + slots) % slots; };
+    if (ring) {
+      for (int64_t t = -past; t < 0; ++t) {
+        store(window + (slots + t) * L, get<kDtype>(state, row, c, slot(t), n));
       }
-      // Where the ring has new input t, or that of -t inputs ago.
-      const auto slot = [&](int64_t t) { return (written + t + slots) % slots; };
-      if (ring) {
-        for (int64_t t = -past; t < 0; ++t) {
-          store(window + (slots + t) * L, get<kDtype>(state, row, c, slot(t), n));
-        }
-      } else {
-        whole.read<T, kDtype>(row * state.batch + c * state.channel, n, window, L);
+    } else {
+      whole.read<T, kDtype>(row * state.batch + c * state.channel, n, window, L);
+    }
+    for (int64_t t = 0; t < length; ++t) {
+      store(window + (slots + t) * L, get<kDtype>(p_.x, b, c, t, n));
+    }
+    if (ring) {
+      for (int64_t t = max_of<int64_t>(0, length - slots); t < length; ++t) {
+        put<kDtype>(state, row, c, slot(t), load(window + (slots + t) * L), n);
       }
-      for (int64_t t = 0; t < length; ++t) {
-        store(window + (slots + t) * L, get<kDtype>(x, b, c, t, n));
-      }
-      if (ring) {
-        for (int64_t t = max_of<int64_t>(0, length - slots); t < length; ++t) {
-          put<kDtype>(state, row, c, slot(t), load(window + (slots + t) * L), n);
-        }
-      } else {
-        whole.write<T, kDtype>(row * state.batch + c * state.channel, n, window + length * L);
-      }
-      for (int64_t t = 0; t < length; ++t) {
-        Vec<T> y = load(w.weights + width * kChannels + i);
+    } else {
+      whole.write<T, kDtype>(row * state.batch + c * state.channel, n, window + length * L);
+    }
+    const T* first = window + (slots - past) * L;
+    for (int64_t t = 0; t < length; ++t) {
+      Vec<T> y = load(weights + width * kChannels);
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < width; ++k) {
-          y += load(w.weights + k * kChannels + i) * load(window + (slots - past + t + k) * L);
-        }
-        if (silu) y *= sigmoid<T>(y);
-        put<kDtype>(out, b, c, t, y, n);
+      for (int64_t k = 0; k < width; ++k) {
+        y += load(weights + k * kChannels) * load(first + (t + k) * L);
       }
+      if (p_.silu) y *= sigmoid<T>(y);
+      put<kDtype>(p_.out, b, c, t, y, n);
     }
   }
 
