@@ -129,6 +129,8 @@ LS_INLINE void interleave_halves(Vec<T> (&v)[4]) {
   v[2] = interleave_low<T>(b, v[3]), v[3] = interleave_high<T>(b, v[3]);
 }
 
+constexpr int64_t kAhead = 2048;  // bytes of state to ask for early: the window of instructions sees 1 KB
+
 /// Some columns of [channel][column] in memory. Mamba's four inputs and weights a channel, one channel
 /// after the other, are read and written as they lie, and turned in registers.
 struct Columns {
@@ -153,7 +155,10 @@ struct Columns {
     }
     Vec<T> v[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) v[j] = load_as<T>(data, kDtype, at + j * L);
+    for (int j = 0; j < 4; ++j) {
+      __builtin_prefetch(static_cast<char*>(data) + (at + j * L) * size_of(kDtype) + kAhead, 1);
+      v[j] = load_as<T>(data, kDtype, at + j * L);
+    }
 #pragma GCC unroll 5
     for (int lanes = 1; lanes < L; lanes *= 2) interleave_halves<T>(v);
 #pragma GCC unroll 4

@@ -83,8 +83,7 @@ std::vector<std::vector<double>> reference(const Case& c, const Inputs& in) {
     }
   }
   const Gradients d(weighted_sum(out, in.d_out.values()) + weighted_sum(final, in.d_final.values()));
-  return {values_of(out), values_of(final), d.by(x),      d.by(weight),
-          d.by(bias),     d.by(initial)};
+  return {values_of(out), values_of(final), d.by(x), d.by(weight), d.by(bias), d.by(initial)};
 }
 
 Named compute(const KernelTable& kernels, const Case& c, Inputs in, int threads) {
@@ -143,7 +142,8 @@ std::vector<Step> steps() {
   };
 }
 
-/// One sequence's channel: the state before it, oldest first where it is no ring -> outputs, state after.
+/// One sequence's channel: the state before it, oldest first where it is no ring -> outputs, state
+/// after.
 std::vector<double> step_channel(const Step& s, const std::vector<double>& x, int64_t written,
                                  const double* weight, double bias, std::vector<double>& state) {
   std::vector<double> out;
@@ -207,8 +207,9 @@ void check_step(const Level& level, const Step& s, Dtype dtype) {
       const auto first = inputs.begin() + (b * s.channels + c) * s.length;
       const auto place = after.begin() + (rows[size_t(b)] * s.channels + c) * s.slots;
       std::vector<double> slots(place, place + s.slots);
-      const std::vector<double> y = step_channel(s, {first, first + s.length}, written[size_t(b)],
-                                                 &weights[size_t(c * s.width)], biases[size_t(c)], slots);
+      const std::vector<double> y =
+          step_channel(s, {first, first + s.length}, written[size_t(b)], &weights[size_t(c * s.width)],
+                       biases[size_t(c)], slots);
       out.insert(out.end(), y.begin(), y.end());
       std::copy(slots.begin(), slots.end(), place);
     }

@@ -29,12 +29,8 @@ class Number {
   size_t node = 0;
 };
 
-inline Number operator+(Number a, Number b) {
-  return {a.value + b.value, {{a.node, b.node}, {1, 1}}};
-}
-inline Number operator-(Number a, Number b) {
-  return {a.value - b.value, {{a.node, b.node}, {1, -1}}};
-}
+inline Number operator+(Number a, Number b) { return {a.value + b.value, {{a.node, b.node}, {1, 1}}}; }
+inline Number operator-(Number a, Number b) { return {a.value - b.value, {{a.node, b.node}, {1, -1}}}; }
 inline Number operator*(Number a, Number b) {
   return {a.value * b.value, {{a.node, b.node}, {b.value, a.value}}};
 }
@@ -51,9 +47,8 @@ inline Number silu(Number x) {
   const double s = sigmoid(x.value);
   return function_of(x, x.value * s, s * (1 + x.value * (1 - s)));
 }
-inline Number softplus(Number x) {
-  return function_of(x, std::log1p(std::exp(x.value)), sigmoid(x.value));
-}
+inline double softplus(double x) { return std::log1p(std::exp(x)); }
+inline Number softplus(Number x) { return function_of(x, softplus(x.value), sigmoid(x.value)); }
 inline Number inverse_root(Number x) {
   const double r = 1 / std::sqrt(x.value);
   return function_of(x, r, -r / (2 * x.value));
