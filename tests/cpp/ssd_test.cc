@@ -199,7 +199,9 @@ TEST_CASE("Mamba-2's scan and its gradients agree with a scalar loop", "[ssd]") 
         for (size_t i = 0; i < one.size(); ++i) {
           const Strided& got = one[i].second;
           INFO(level.name << ", " << name_of(dtype) << ", " << s.name << ", " << one[i].first);
-          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), 128, 2));
+          // Sums over all tokens (da, dd, d_bias), whose terms cancel, get a unit more for each.
+          const double units = 128 + (i >= 8 && i <= 10 ? double(s.batch * s.length) : 0);
+          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), units, 2));
           CHECK(three[i].second.memory.bytes() == got.memory.bytes());
         }
       }
