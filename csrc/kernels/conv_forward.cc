@@ -129,61 +129,11 @@ LS_INLINE void interleave_halves(Vec<T> (&v)[4]) {
   v[2] = interleave_low<T>(b, v[3]), v[3] = interleave_high<T>(b, v[3]);
 }
 
-constexpr int64_t kAhead = 2048;  // bytes of state to ask for early: the window of instructions sees 1 KB
-
-/// Some columns of [channel][column] in memory. Mamba's four inputs and weights a channel, one channel
-/// after the other, are read and written as they lie, and turned in registers.
-struct Columns {
-  void* data;
-  int64_t channel, column;  ///< strides
-  int64_t count;
-
-  template <class T>
-  LS_INLINE bool dense_fours(int64_t n) const {
-    return count == 4 && column == 1 && channel == 4 && n == kLanes<T>;
-  }
-
-  /// out[column][lane], ld apart: n channels from `at` on; the other lanes are zero.
-  template <class T, Dtype kDtype>
-  LS_INLINE void read(int64_t at, int64_t n, T* out, int64_t ld) const {
-    constexpr int L = kLanes<T>;
-    if (!dense_fours<T>(n)) {
-      for (int64_t j = 0; j < count; ++j) {
-        store(out + j * ld, load_lanes<T>(data, kDtype, at + j * column, channel, n));
-      }
-      return;
-    }
-    Vec<T> v[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      __builtin_prefetch(static_cast<char*>(data) + (at + j * L) * size_of(kDtype) + kAhead, 1);
-      v[j] = load_as<T>(data, kDtype, at + j * L);
-    }
+template <class T>
+LS_INLINE void columns_of_fours(Vec<T> (&v)[4]) {
 #pragma GCC unroll 5
-    for (int lanes = 1; lanes < L; lanes *= 2) interleave_halves<T>(v);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(out + j * ld, v[j]);
-  }
-
-  /// The way back, where vectors of the columns lie one after the other.
-  template <class T, Dtype kDtype>
-  LS_INLINE void write(int64_t at, int64_t n, const T* in) const {
-    constexpr int L = kLanes<T>;
-    if (!dense_fours<T>(n)) {
-      for (int64_t j = 0; j < count; ++j) {
-        store_lanes<T>(data, kDtype, at + j * column, channel, load(in + j * L), n);
-      }
-      return;
-    }
-    Vec<T> v[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) v[j] = load(in + j * L);
-    interleave_halves<T>(v);
-    interleave_halves<T>(v);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store_as<T>(data, kDtype, at + j * L, v[j]);
-  }
-};
+  for (int lanes = 1; lanes < kLanes<T>; lanes *= 2) interleave_halves<T>(v);
+}
 
 /// Channels along lanes. Of a vector's width of them a window is made, [slots + length] vectors with the
 /// oldest input first, from which outputs are calculated and the state is written again. A task is some
@@ -193,6 +143,7 @@ class Update {
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kChannels = 512, kSequences = 8;
   static constexpr Dtype kWeights = sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat;
+  static constexpr int64_t kAhead = 2048;  ///< bytes of state to ask for early
 
  public:
   Update(const ConvParams& p, const ConvState& s) : p_(p), s_(s) {}
@@ -201,7 +152,6 @@ class Update {
     const int64_t blocks = ceil_div(p_.channels, kChannels);
     const int64_t tasks = ceil_div(p_.batch, kSequences) * blocks;
     const int threads = threads_for(tasks, p_.threads);
-    const bool plain = p_.length == 1 && p_.width == 4 && s_.slots == 4 && !s_.written;
     Arena measure;
     lay_out(measure);
     Scratch scratch(measure.used() * threads);
@@ -212,9 +162,7 @@ class Update {
       const int64_t channels = min_of(kChannels, p_.channels - c0);
       load_weights(c0, channels, w.weights);
       for (int64_t b = b0; b < min_of(b0 + kSequences, p_.batch); ++b) {
-        with_dtype<T>(p_.dtype, [&]<Dtype kDtype>() {
-          plain ? step<kDtype, true>(b, c0, channels, w) : step<kDtype, false>(b, c0, channels, w);
-        });
+        with_dtype<T>(p_.dtype, [&]<Dtype kDtype>() { step<kDtype>(b, c0, channels, w); });
       }
     });
   }
@@ -232,63 +180,108 @@ class Update {
   }
 
   void load_weights(int64_t c0, int64_t channels, T* out) const {
-    const Columns weight{const_cast<void*>(p_.weight), p_.width, 1, p_.width};
     for (int64_t c = 0; c < channels; c += L) {
-      const int64_t n = min_of<int64_t>(L, channels - c);
-      weight.read<T, kWeights>((c0 + c) * p_.width, n, out + c, kChannels);
+      const int64_t n = min_of<int64_t>(L, channels - c), at = (c0 + c) * p_.width;
+      if (p_.width == 4 && n == L) {
+        Vec<T> v[4];
+        for (int k = 0; k < 4; ++k) v[k] = load_as<T>(p_.weight, kWeights, at + k * L);
+        columns_of_fours<T>(v);
+        for (int k = 0; k < 4; ++k) store(out + k * kChannels + c, v[k]);
+      } else {
+        for (int64_t k = 0; k < p_.width; ++k) {
+          store(out + k * kChannels + c, load_lanes<T>(p_.weight, kWeights, at + k, p_.width, n));
+        }
+      }
       const Vec<T> bias = p_.bias ? load_as<T>(p_.bias, kWeights, c0 + c, n) : Vec<T>{};
       store(out + p_.width * kChannels + c, bias);
     }
   }
 
-  /// kPlain: one input, and a width of 4 in 4 slots that are no ring, known when this is compiled. The
-  /// steps of a loop of unknown length take longer than the state's way from memory.
-  template <Dtype kDtype, bool kPlain>
+  template <Dtype kDtype>
   void step(int64_t b, int64_t c0, int64_t channels, const Workspace& w) const {
-    int64_t i = 0;
-    for (; i + L <= channels; i += L) step_lanes<kDtype, kPlain>(b, c0 + i, L, w.weights + i, w.window);
-    if (i < channels) {
-      step_lanes<kDtype, kPlain>(b, c0 + i, channels - i, w.weights + i, w.window);
+    const int64_t row = s_.rows ? s_.rows[b] : b;
+    int64_t done = 0;
+    if (p_.length == 1 && p_.width == 4 && s_.slots == 4 && !s_.written && row >= 0 &&
+        p_.x.channel == 1 && p_.out.channel == 1) {
+      if (s_.state.time == 1 && s_.state.channel == 4) {
+        done = step_dense<kDtype, true>(b, row, c0, channels, w.weights);
+      } else if (s_.state.channel == 1) {
+        done = step_dense<kDtype, false>(b, row, c0, channels, w.weights);
+      }
+    }
+    for (int64_t i = done; i < channels; i += L) {
+      step_lanes<kDtype>(b, row, c0 + i, min_of<int64_t>(L, channels - i), w.weights + i, w.window);
     }
   }
 
-  template <Dtype kDtype, bool kPlain>
-  LS_INLINE void step_lanes(int64_t b, int64_t c, int64_t n, const T* weights, T* window) const {
-    const int64_t length = kPlain ? 1 : p_.length, width = kPlain ? 4 : p_.width, past = width - 1;
-    const int64_t slots = kPlain ? 4 : s_.slots, row = s_.rows ? s_.rows[b] : b;
-    const bool ring = !kPlain && s_.written;
+  /// One input and a width of 4 in 4 slots, as Mamba has it, for as many channels as fill vectors:
+  /// returns how many. kTurned: the slots of a channel lie side by side, else the channels of a slot.
+  template <Dtype kDtype, bool kTurned>
+  int64_t step_dense(int64_t b, int64_t row, int64_t c0, int64_t channels, const T* weights) const {
+    void *const state = s_.state.data, *const out = p_.out.data;
+    const void* const x = p_.x.data;
+    const int64_t x_at = b * p_.x.batch + c0, out_at = b * p_.out.batch + c0;
+    const int64_t state_at = row * s_.state.batch + c0 * s_.state.channel;
+    const int64_t apart = kTurned ? L : s_.state.time;
+    const bool silu = p_.silu;
+    int64_t i = 0;
+    for (; i + L <= channels; i += L) {
+      const int64_t at = state_at + i * (kTurned ? 4 : 1);
+      Vec<T> v[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t from = at + j * apart;
+        __builtin_prefetch(static_cast<char*>(state) + from * size_of(kDtype) + kAhead, 1);
+        v[j] = load_as<T>(state, kDtype, from);
+      }
+      if constexpr (kTurned) columns_of_fours<T>(v);
+      v[0] = v[1], v[1] = v[2], v[2] = v[3], v[3] = load_as<T>(x, kDtype, x_at + i);
+      Vec<T> y = load(weights + 4 * kChannels + i);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) y += load(weights + k * kChannels + i) * v[k];
+      if constexpr (kTurned) {
+        interleave_halves<T>(v);
+        interleave_halves<T>(v);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store_as<T>(state, kDtype, at + j * apart, v[j]);
+      if (silu) y *= sigmoid<T>(y);
+      store_as<T>(out, kDtype, out_at + i, y);
+    }
+    return i;
+  }
+
+  /// Any shape and any strides, for n channels.
+  template <Dtype kDtype>
+  void step_lanes(int64_t b, int64_t row, int64_t c, int64_t n, const T* weights, T* window) const {
+    const int64_t length = p_.length, width = p_.width, past = width - 1, slots = s_.slots;
     if (row < 0) {
       for (int64_t t = 0; t < length; ++t) put<kDtype>(p_.out, b, c, t, Vec<T>{}, n);
       return;
     }
-    const ConvTensor& state = s_.state;
-    const Columns whole{state.data, state.channel, state.time, slots};
-    // Where the ring has new input t, or that of -t inputs ago.
-    const auto slot = [&](int64_t t) { return (s_.written[b] + t + slots) % slots; };
-    if (ring) {
-      for (int64_t t = -past; t < 0; ++t) {
-        store(window + (slots + t) * L, get<kDtype>(state, row, c, slot(t), n));
-      }
-    } else {
-      whole.read<T, kDtype>(row * state.batch + c * state.channel, n, window, L);
+    // Where new input t is kept, or that of -t inputs ago: in a ring, or before the new ones' arrival.
+    const auto slot = [&](int64_t t) {
+      return s_.written ? (s_.written[b] + t + slots) % slots : slots + t;
+    };
+    for (int64_t t = s_.written ? -past : -slots; t < 0; ++t) {
+      store(window + (slots + t) * L, get<kDtype>(s_.state, row, c, slot(t), n));
     }
     for (int64_t t = 0; t < length; ++t) {
       store(window + (slots + t) * L, get<kDtype>(p_.x, b, c, t, n));
     }
-    if (ring) {
+    if (s_.written) {
       for (int64_t t = max_of<int64_t>(0, length - slots); t < length; ++t) {
-        put<kDtype>(state, row, c, slot(t), load(window + (slots + t) * L), n);
+        put<kDtype>(s_.state, row, c, slot(t), load(window + (slots + t) * L), n);
       }
     } else {
-      whole.write<T, kDtype>(row * state.batch + c * state.channel, n, window + length * L);
-    }
-    const T* first = window + (slots - past) * L;
-    for (int64_t t = 0; t < length; ++t) {
-      Vec<T> y = load(weights + width * kChannels);
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < width; ++k) {
-        y += load(weights + k * kChannels) * load(first + (t + k) * L);
+      for (int64_t j = 0; j < slots; ++j) {
+        put<kDtype>(s_.state, row, c, j, load(window + (length + j) * L), n);
       }
+    }
+    for (int64_t t = 0; t < length; ++t) {
+      const T* seen = window + (slots - past + t) * L;
+      Vec<T> y = load(weights + width * kChannels);
+      for (int64_t k = 0; k < width; ++k) y += load(weights + k * kChannels) * load(seen + k * L);
       if (p_.silu) y *= sigmoid<T>(y);
       put<kDtype>(p_.out, b, c, t, y, n);
     }
