@@ -128,7 +128,7 @@ std::vector<Step> steps() {
   return {
       {.name = "plain"},
       {.name = "slots outside channels", .state_order = channels_last},
-      {.name = "more sequences and channels than a task's", .batch = 9, .channels = 530},
+      {.name = "more sequences and channels than a task's", .batch = 9, .channels = 2070},
       {.name = "narrower than the slots", .width = 3},
       {.name = "width 4 in 3 slots", .slots = 3},
       {.name = "width 4 in 9 slots, rows", .slots = 9, .rows = true},
