@@ -7,11 +7,12 @@
 // In float with AVX-512, 12 operations for 16 channels, 8 of them in the multiplier: 7.0 G states a
 // second and core from registers, where the exponential alone, streamed, runs at 10.4.
 //
-// A task is a piece of time of a lane group's channels. Where those are fewer than a small machine has
-// cores, states are shared out too: their outputs are added up in a second pass, but no exponential is
-// calculated twice, which on two cores would eat all that they gain. Only where that leaves a single
-// task is time shared out: every piece but the first is scanned from zero, the states between pieces
-// follow from the decay over a whole piece, exp(A sum D_t), and those pieces are scanned again.
+// A task is a lane group's channels of a sequence. Where those are fewer than a small machine has cores,
+// states are shared out too, segment by segment of time: steps are made ready by all, each task takes
+// its states through the segment, and all add up what these gave. No exponential is calculated twice,
+// which on two cores would eat all that they gain. Only where that leaves a single task is time shared
+// out: every piece but the first is scanned from zero, the states between pieces follow from the decay
+// over a whole piece, exp(A sum D_t), and those pieces are scanned again.
 
 #include "kernels/selective_scan_steps.h"
 #include "kernels/table.h"
@@ -23,6 +24,8 @@ constexpr int64_t kEnoughTasks = 4;  // constants: results must not depend on th
 constexpr int64_t kMostPieces = 8;
 constexpr int64_t kLeastSteps = 512;  // of a piece
 constexpr int64_t kStatesPerTask = 8;  // fewer, and what a step costs besides its states weighs in
+constexpr int64_t kSegment = 2048;  // steps: so many stay in the nearer caches
+constexpr int64_t kRun = 256;  // of them that are made ready at a time
 
 /// The block of states that fits into registers.
 constexpr int kBlock = LONGSPAN_VECTOR_BYTES == 64 ? 16 : 8;
@@ -47,150 +50,245 @@ class Forward {
 
   void run() {
     if (p_.batch == 0 || p_.channels == 0) return;
-    const int64_t count = shape_.pieces(most_, nullptr);
-    const int64_t scans = count * shape_.lane_groups, tasks = scans * splits_;
+    // B and C turned once for all channels: [batch][group][time][part][state], of all time, or of a
+    // segment of each sequence.
+    const int64_t rows = splits_ > 1 || !p_.cu ? p_.batch : 1;
+    held_ = splits_ > 1 ? kSegment : p_.steps;
+    const int64_t size = coefficients_at(rows, 0, 0);
+    Scratch packed((p_.b_varies + p_.c_varies) * size * int64_t(sizeof(T)));
+    b_ = reinterpret_cast<T*>(packed.at(0));
+    c_ = b_ + p_.b_varies * size;
+    splits_ > 1 ? run_in_segments() : run_in_pieces();
+  }
+
+ private:
+  void run_in_pieces() {
+    const int64_t count = shape_.pieces(most_, nullptr), scans = count * shape_.lane_groups;
     const bool in_pieces = count > p_.batch;
-    const int threads = threads_for(tasks, p_.threads);
+    const int threads = threads_for(scans, p_.threads);
     Arena measure;
     lay_out(measure);
     // For each scan where there are pieces: its state at the end, and the sum of its steps.
     const int64_t boundary = round_up(p_.states * kSize<N> + L, L);
     Scratch pieces(count * int64_t(sizeof(Piece))), scratch(measure.used() * threads),
-        boundaries(in_pieces ? scans * boundary * int64_t(sizeof(T)) : 0),
-        packed((p_.b_varies + p_.c_varies) * packed_size() * int64_t(sizeof(T))),
-        partial(splits_ > 1 ? splits_ * shape_.lane_groups * p_.batch * p_.steps * L * int64_t(sizeof(T))
-                            : 0);
-    pack(threads, reinterpret_cast<T*>(packed.at(0)));
+        boundaries(in_pieces ? scans * boundary * int64_t(sizeof(T)) : 0);
     pieces_ = reinterpret_cast<Piece*>(pieces.at(0));
     shape_.pieces(most_, pieces_);
-    partial_ = splits_ > 1 ? reinterpret_cast<T*>(partial.at(0)) : nullptr;
+    pack_all();
     const auto at = [&](int64_t scan) {
       return reinterpret_cast<T*>(boundaries.at(0)) + scan * boundary;
     };
-
     for (int pass = 0; pass < (in_pieces ? 2 : 1); ++pass) {
-      parallel_for(tasks, threads, [&](int64_t i, int thread) {
-        const int64_t index = i / splits_, split = i % splits_;
-        const Piece& piece = pieces_[index / shape_.lane_groups];
+      parallel_for(scans, threads, [&](int64_t i, int thread) {
+        const Piece& piece = pieces_[i / shape_.lane_groups];
         if (pass == 1 && piece.first) return;
         Arena arena(scratch.at(measure.used() * thread));
-        scan(piece, index % shape_.lane_groups, split, pass == 0 && !piece.first,
-             pass == 1 ? at(index - shape_.lane_groups) : nullptr,
-             in_pieces && pass == 0 ? at(index) : nullptr, lay_out(arena));
+        scan(piece, i % shape_.lane_groups, pass == 0 && !piece.first,
+             pass == 1 ? at(i - shape_.lane_groups) : nullptr, in_pieces && pass == 0 ? at(i) : nullptr,
+             lay_out(arena));
       });
       if (in_pieces && pass == 0) {
         Arena arena(scratch.at(0));
         join(at, lay_out(arena));
       }
     }
-    if (splits_ > 1) {
-      parallel_for(scans, threads, [&](int64_t i, int thread) {
-        Arena arena(scratch.at(measure.used() * thread));
-        add_up(pieces_[i / shape_.lane_groups], i % shape_.lane_groups, lay_out(arena));
+  }
+
+  /// States shared out, where sequences and lane groups are few; there are no pieces then.
+  void run_in_segments() {
+    const int64_t scans = p_.batch * shape_.lane_groups, part = kSegment * L;
+    Arena measure;
+    lay_out_segment(measure);
+    Scratch scratch(measure.used() * scans), sequences(p_.batch * int64_t(sizeof(Piece)));
+    Piece* sequence = reinterpret_cast<Piece*>(sequences.at(0));
+    shape_.pieces(most_, sequence);
+    int64_t longest = 0;
+    for (int64_t s = 0; s < p_.batch; ++s)
+      longest = max_of(longest, sequence[s].end - sequence[s].begin);
+    const auto workspace = [&](int64_t scan) {
+      Arena arena(scratch.at(measure.used() * scan));
+      return lay_out_segment(arena);
+    };
+    for (int64_t scan = 0; scan < scans; ++scan) {
+      load_parameters(sequence[scan / shape_.lane_groups].sequence,
+                      shape_.lane_group(scan % shape_.lane_groups), nullptr, workspace(scan));
+    }
+    const int64_t runs = kSegment / kRun;
+    for (int64_t segment = 0; segment < longest || segment == 0; segment += kSegment) {
+      /// body(sequence, lane group, workspace, first step, steps): for each run of the segment.
+      const auto each_run = [&](const auto& body) {
+        parallel_for(scans * runs, p_.threads, [&](int64_t i, int) {
+          const int64_t scan = i / runs, into = i % runs * kRun;
+          const Piece& piece = sequence[scan / shape_.lane_groups];
+          const int64_t t = piece.begin + segment + into;
+          if (t >= piece.end) return;
+          Workspace w = workspace(scan);
+          w.step += into * L, w.step_u += into * L, w.y += into * L, w.z += into * L;
+          body(piece, shape_.lane_group(scan % shape_.lane_groups), t, min_of(kRun, piece.end - t), w);
+        });
+      };
+      each_run([&](const Piece& piece, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) {
+        if (g.channel % shape_.width == 0) {  // the first of its group
+          pack(batch_of(piece), g.group, t, steps, coefficients_of(piece, g, t));
+        }
+        make_ready(piece, g, t, steps, w);
+        for (int64_t k = 1; k < splits_; ++k) {
+          __builtin_memset(w.y + k * part, 0, size_t(steps * L) * sizeof(T));
+        }
+      });
+      parallel_for(scans * splits_, p_.threads, [&](int64_t i, int) {
+        const int64_t scan = i / splits_, split = i % splits_;
+        const Piece& piece = sequence[scan / shape_.lane_groups];
+        Workspace w = workspace(scan);
+        w.y += split * part;
+        advance_segment(piece, shape_.lane_group(scan % shape_.lane_groups), segment,
+                        p_.states * split / splits_, p_.states * (split + 1) / splits_, w);
+      });
+      each_run([&](const Piece& piece, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) {
+        for (int64_t i = 0; i < steps * L; i += L) {
+          Vec<T> y = load(w.y + i);
+          for (int64_t k = 1; k < splits_; ++k) y += load(w.y + k * part + i);
+          store(w.y + i, y);
+        }
+        finish(piece, g, t, steps, w);
       });
     }
   }
 
- private:
   struct Workspace {
-    T *a, *h;                ///< [state][part][lane]
-    T *b, *c;                ///< where they do not vary: [state][part][lane]
-    T *step, *step_u, *y, *z;  ///< [time][lane]
+    T *a, *h;  ///< [state][part][lane]
+    T *b, *c;  ///< where they do not vary: [state][part][lane]
+    T *step, *step_u, *z;  ///< [time][lane]
+    T* y;  ///< [split][time][lane]
   };
 
-  Workspace lay_out(Arena& arena) const {
+  Workspace lay_out(Arena& arena) const { return lay_out(arena, shape_.chunk); }
+  Workspace lay_out_segment(Arena& arena) const { return lay_out(arena, kSegment); }
+
+  Workspace lay_out(Arena& arena, int64_t steps) const {
     Workspace w;
     w.a = arena.take<T>(p_.states * kSize<N>);
     w.h = arena.take<T>(p_.states * kSize<N>);
     w.b = arena.take<T>(p_.b_varies ? 0 : p_.states * kSize<N>);
     w.c = arena.take<T>(p_.c_varies ? 0 : p_.states * kSize<N>);
-    w.step = arena.take<T>(shape_.chunk * L);
-    w.step_u = arena.take<T>(shape_.chunk * L);
-    w.y = arena.take<T>(shape_.chunk * L);
-    w.z = arena.take<T>(shape_.chunk * L);
+    w.step = arena.take<T>(steps * L);
+    w.step_u = arena.take<T>(steps * L);
+    w.y = arena.take<T>(splits_ * steps * L);
+    w.z = arena.take<T>(steps * L);
     return w;
   }
 
-  // B and C of all time, turned once for all channels: [batch][group][time][part][state].
-  LS_INLINE int64_t packed_at(int64_t batch, int64_t group, int64_t t) const {
-    return ((batch * p_.groups + group) * p_.steps + t) * N::kParts * shape_.row;
+  LS_INLINE int64_t coefficients_at(int64_t row, int64_t group, int64_t t) const {
+    return ((row * p_.groups + group) * held_ + t) * N::kParts * shape_.row;
   }
-  LS_INLINE int64_t packed_size() const { return packed_at(p_.cu ? 1 : p_.batch, 0, 0); }
 
-  void pack(int threads, T* to) {
-    b_ = to;
-    c_ = to + p_.b_varies * packed_size();
+  /// B and C of `steps` from t on, to where coefficients_at says.
+  void pack(int64_t batch, int64_t group, int64_t t, int64_t steps, int64_t at) const {
+    if (p_.b_varies) shape_.load_varying(p_.B, batch, group, t, steps, T(1), b_ + at);
+    if (p_.c_varies) shape_.load_varying(p_.C, batch, group, t, steps, kOutputFactor<N>, c_ + at);
+  }
+
+  void pack_all() const {
     const int64_t chunks = ceil_div(p_.steps, shape_.chunk);
     const int64_t tasks = (p_.cu ? 1 : p_.batch) * p_.groups * chunks;
-    parallel_for(p_.b_varies || p_.c_varies ? tasks : 0, threads, [&](int64_t i, int) {
+    parallel_for(p_.b_varies || p_.c_varies ? tasks : 0, p_.threads, [&](int64_t i, int) {
       const int64_t t = i % chunks * shape_.chunk, group = i / chunks % p_.groups;
-      const int64_t batch = i / chunks / p_.groups, steps = min_of(shape_.chunk, p_.steps - t);
-      const int64_t at = packed_at(batch, group, t);
-      if (p_.b_varies) shape_.load_varying(p_.B, batch, group, t, steps, T(1), b_ + at);
-      if (p_.c_varies) shape_.load_varying(p_.C, batch, group, t, steps, kOutputFactor<N>, c_ + at);
+      const int64_t batch = i / chunks / p_.groups;
+      pack(batch, group, t, min_of(shape_.chunk, p_.steps - t), coefficients_at(batch, group, t));
     });
   }
 
-  /// Where a split's part of y lies: [split][lane group][batch][time][lane].
-  LS_INLINE T* part_of_y(int64_t split, int64_t lane_group, const Piece& piece, int64_t t) const {
-    const int64_t batch = p_.cu ? 0 : piece.sequence, rows = p_.cu ? 1 : p_.batch;
-    return partial_ + (((split * shape_.lane_groups + lane_group) * rows + batch) * p_.steps + t) * L;
-  }
-
-  /// One piece of one lane group, and the states of one split. `from_zero`: only the state at the end
-  /// is wanted. `before`: the state at the start, else the sequence's. `after`: where to leave the
-  /// state at the end and the sum of the steps.
-  void scan(const Piece& piece, int64_t lane_group, int64_t split, bool from_zero, const T* before,
-            T* after, const Workspace& w) const {
-    const LaneGroup g = shape_.lane_group(lane_group);
-    const int64_t n0 = p_.states * split / splits_, n1 = p_.states * (split + 1) / splits_;
+  /// A, and B and C that do not vary, of a lane group; its state: `before`, or else the sequence's.
+  void load_parameters(int64_t sequence, LaneGroup g, const T* before, const Workspace& w) const {
     shape_.load_channels(p_.A, g, T(kLog2e), w.a);
+    if (!p_.b_varies) shape_.load_channels(p_.B, g, T(1), w.b);
+    if (!p_.c_varies) shape_.load_channels(p_.C, g, kOutputFactor<N>, w.c);
     if (before) {
       __builtin_memcpy(w.h, before, size_t(p_.states * kSize<N>) * sizeof(T));
     } else {
-      shape_.load_state_of(from_zero ? ScanTensor{} : p_.initial, piece.sequence, g, w.h);
+      shape_.load_state_of(p_.initial, sequence, g, w.h);
     }
-    if (!p_.b_varies) shape_.load_channels(p_.B, g, T(1), w.b);
-    if (!p_.c_varies) shape_.load_channels(p_.C, g, kOutputFactor<N>, w.c);
-    const int64_t batch = p_.cu ? 0 : piece.sequence;
-    const Rows u = channel_rows(p_.u, batch).from(g.channel, 0);
-    const Rows delta = channel_rows(p_.delta, batch).from(g.channel, 0);
+  }
+
+  LS_INLINE int64_t batch_of(const Piece& piece) const { return p_.cu ? 0 : piece.sequence; }
+  LS_INLINE int64_t coefficients_of(const Piece& piece, LaneGroup g, int64_t t) const {
+    if (splits_ == 1) return coefficients_at(batch_of(piece), g.group, t);
+    return coefficients_at(piece.sequence, g.group, (t - piece.begin) % kSegment);
+  }
+  LS_INLINE Rows rows(const ScanTensor& x, const Piece& piece, LaneGroup g, int64_t t) const {
+    return channel_rows(x, batch_of(piece)).from(g.channel, t);
+  }
+
+  /// D_t, D_t u_t and the y that the states add to, D u. -> the sum of the steps.
+  LS_INLINE Vec<T> make_ready(const Piece& piece, LaneGroup g, int64_t t, int64_t steps,
+                              const Workspace& w) const {
     const Vec<T> bias = shape_.per_channel(p_.bias, g), skip = shape_.per_channel(p_.D, g);
+    load_steps<T>(rows(p_.u, piece, g, t), g.lanes, steps, w.step_u, L);
+    load_steps<T>(rows(p_.delta, piece, g, t), g.lanes, steps, w.step, L);
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < steps * L; i += L) {
+      const Vec<T> x = load(w.step_u + i), step = shape_.step_size(load(w.step + i) + bias);
+      store(w.y + i, x * skip);
+      store(w.step + i, step);
+      store(w.step_u + i, step * x);
+      sum += step;
+    }
+    return sum;
+  }
+
+  /// One piece of one lane group. `from_zero`: only the state at the end is wanted. `before`: the state
+  /// at the start, else the sequence's. `after`: where to leave the state at the end and the sum of the
+  /// steps.
+  void scan(const Piece& piece, int64_t lane_group, bool from_zero, const T* before, T* after,
+            const Workspace& w) const {
+    const LaneGroup g = shape_.lane_group(lane_group);
+    load_parameters(piece.sequence, g, before, w);
+    if (from_zero) shape_.load_state_of(ScanTensor{}, piece.sequence, g, w.h);
     Vec<T> sum = {};
     int64_t chunk_index = piece.chunk;
     for (int64_t t = piece.begin; t < piece.end; t += shape_.chunk, ++chunk_index) {
       const int64_t steps = min_of(shape_.chunk, piece.end - t);
-      if (p_.chunk_states && !from_zero) shape_.keep(w.h, chunk_index, g, n0, n1);
-      load_steps<T>(u.from(0, t), g.lanes, steps, w.step_u, L);
-      load_steps<T>(delta.from(0, t), g.lanes, steps, w.step, L);
-      T* y = splits_ > 1 ? part_of_y(split, lane_group, piece, t) : w.y;
-      const Vec<T> factor = splits_ > 1 ? Vec<T>{} : skip;
-      for (int64_t i = 0; i < steps * L; i += L) {
-        const Vec<T> x = load(w.step_u + i), step = shape_.step_size(load(w.step + i) + bias);
-        store(y + i, x * factor);
-        store(w.step + i, step);
-        store(w.step_u + i, step * x);
-        sum += step;
-      }
-      const int64_t at = packed_at(batch, g.group, t);
-      Ahead<T> ahead(steps, g.lanes, ceil_div(n1 - n0, kBlock));
+      if (p_.chunk_states && !from_zero) shape_.keep(w.h, chunk_index, g, 0, p_.states);
+      sum += make_ready(piece, g, t, steps, w);
+      Ahead<T> ahead(steps, g.lanes, ceil_div(p_.states, kBlock));
       if (t + steps < piece.end) {
-        ahead.read(u.from(0, t + steps));
-        ahead.read(delta.from(0, t + steps));
-        if (p_.z.data) ahead.read(channel_rows(p_.z, batch).from(g.channel, t + steps));
+        ahead.read(rows(p_.u, piece, g, t + steps));
+        ahead.read(rows(p_.delta, piece, g, t + steps));
+        if (p_.z.data) ahead.read(rows(p_.z, piece, g, t + steps));
       }
-      if (splits_ == 1 && !from_zero) ahead.write(channel_rows(p_.out, batch).from(g.channel, t));
-      const T* b_steps = p_.b_varies ? b_ + at : w.b;
-      const T* c_steps = p_.c_varies ? c_ + at : w.c;
-      with_coefficients<N>(p_, b_steps, c_steps, shape_.row,
-                           [&](auto b, auto c) { advance_all(w, b, c, y, n0, n1, steps, ahead); });
-      if (splits_ == 1 && !from_zero) finish(piece, g, t, steps, y, w);
+      if (!from_zero) ahead.write(rows(p_.out, piece, g, t));
+      advance_chunk(piece, g, t, 0, p_.states, steps, ahead, w);
+      if (!from_zero) finish(piece, g, t, steps, w);
     }
     if (after) {
-      for (int64_t n = n0; n < n1; ++n) store_state<N>(after, n, load_state<N>(w.h, n));
-      if (split == 0) store(after + p_.states * kSize<N>, sum);
+      for (int64_t n = 0; n < p_.states; ++n) store_state<N>(after, n, load_state<N>(w.h, n));
+      store(after + p_.states * kSize<N>, sum);
     }
-    if (piece.last && !from_zero) shape_.store_state_of(w.h, p_.last, piece.sequence, g, n0, n1);
+    if (piece.last && !from_zero) shape_.store_state_of(w.h, p_.last, piece.sequence, g, 0, p_.states);
+  }
+
+  /// States [n0, n1) through a segment, whose steps are ready.
+  void advance_segment(const Piece& piece, LaneGroup g, int64_t segment, int64_t n0, int64_t n1,
+                       Workspace w) const {
+    const int64_t first = piece.begin + segment, end = min_of(first + kSegment, piece.end);
+    int64_t chunk_index = piece.chunk + segment / shape_.chunk;
+    for (int64_t t = first; t < end; t += shape_.chunk, ++chunk_index) {
+      const int64_t steps = min_of(shape_.chunk, end - t);
+      if (p_.chunk_states) shape_.keep(w.h, chunk_index, g, n0, n1);
+      Ahead<T> nothing(steps, g.lanes, 1);
+      advance_chunk(piece, g, t, n0, n1, steps, nothing, w);
+      w.step += steps * L, w.step_u += steps * L, w.y += steps * L;
+    }
+    const bool last = first < piece.end ? end == piece.end : segment == 0;
+    if (last) shape_.store_state_of(w.h, p_.last, piece.sequence, g, n0, n1);
+  }
+
+  /// States [n0, n1) through the chunk at step t.
+  LS_INLINE void advance_chunk(const Piece& piece, LaneGroup g, int64_t t, int64_t n0, int64_t n1,
+                               int64_t steps, Ahead<T>& ahead, const Workspace& w) const {
+    const int64_t at = coefficients_of(piece, g, t);
+    with_coefficients<N>(p_, p_.b_varies ? b_ + at : w.b, p_.c_varies ? c_ + at : w.c, shape_.row,
+                         [&](auto b, auto c) { advance_all(w, b, c, w.y, n0, n1, steps, ahead); });
   }
 
   /// States [n0, n1) through a chunk, in blocks that registers hold.
@@ -229,35 +327,15 @@ class Forward {
   }
 
   /// The gate, and y to where it belongs.
-  void finish(const Piece& piece, LaneGroup g, int64_t t, int64_t steps, T* y,
-              const Workspace& w) const {
-    const int64_t batch = p_.cu ? 0 : piece.sequence;
+  void finish(const Piece& piece, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) const {
     if (p_.z.data) {
-      const Rows z = channel_rows(p_.z, batch).from(g.channel, t);
-      load_steps<T>(z, g.lanes, steps, w.z, L);
+      load_steps<T>(rows(p_.z, piece, g, t), g.lanes, steps, w.z, L);
       for (int64_t i = 0; i < steps * L; i += L) {
         const Vec<T> x = load(w.z + i);
-        store(y + i, load(y + i) * x * sigmoid<T>(x));
+        store(w.y + i, load(w.y + i) * x * sigmoid<T>(x));
       }
     }
-    store_steps<T>(y, channel_rows(p_.out, batch).from(g.channel, t), g.lanes, steps);
-  }
-
-  /// The splits' parts of y and D u together.
-  void add_up(const Piece& piece, int64_t lane_group, const Workspace& w) const {
-    const LaneGroup g = shape_.lane_group(lane_group);
-    const Rows u = channel_rows(p_.u, p_.cu ? 0 : piece.sequence).from(g.channel, 0);
-    const Vec<T> skip = shape_.per_channel(p_.D, g);
-    for (int64_t t = piece.begin; t < piece.end; t += shape_.chunk) {
-      const int64_t steps = min_of(shape_.chunk, piece.end - t);
-      load_steps<T>(u.from(0, t), g.lanes, steps, w.step_u, L);
-      for (int64_t i = 0; i < steps * L; i += L) {
-        Vec<T> y = load(w.step_u + i) * skip;
-        for (int64_t s = 0; s < splits_; ++s) y += load(part_of_y(s, lane_group, piece, t) + i);
-        store(w.y + i, y);
-      }
-      finish(piece, g, t, steps, w.y, w);
-    }
+    store_steps<T>(w.y, rows(p_.out, piece, g, t), g.lanes, steps);
   }
 
   /// From states at the ends of pieces that began with zero to the true ones.
@@ -280,10 +358,11 @@ class Forward {
 
   const SelectiveScanParams& p_;
   const ScanShape<N> shape_;
-  int64_t splits_ = 1;          ///< of the states
+  int64_t splits_ = 1;  ///< of the states
   int64_t most_ = INT64_MAX / 2;  ///< steps of a piece
   Piece* pieces_ = nullptr;
-  T *b_ = nullptr, *c_ = nullptr, *partial_ = nullptr;
+  int64_t held_ = 0;  ///< steps of B and C that b_ and c_ hold
+  T *b_ = nullptr, *c_ = nullptr;
 };
 
 }  // namespace

@@ -332,13 +332,13 @@ class ScanShape {
 
  public:
   explicit ScanShape(const SelectiveScanParams& p)
-      : p_(p), chunk(scan_chunk(p.states)), width_(p.channels / p.groups),
-        lane_groups_a_group(ceil_div(width_, L)), lane_groups(p.groups * lane_groups_a_group),
+      : p_(p), chunk(scan_chunk(p.states)), width(p.channels / p.groups),
+        lane_groups_a_group(ceil_div(width, L)), lane_groups(p.groups * lane_groups_a_group),
         row(round_up(p.states, L)) {}
 
   LS_INLINE LaneGroup lane_group(int64_t i) const {
     const int64_t group = i / lane_groups_a_group, first = i % lane_groups_a_group * L;
-    return {group, group * width_ + first, min_of<int64_t>(L, width_ - first)};
+    return {group, group * width + first, min_of<int64_t>(L, width - first)};
   }
 
   LS_INLINE int64_t begin(int64_t sequence) const { return p_.cu ? p_.cu[sequence] : 0; }
@@ -441,11 +441,7 @@ class ScanShape {
 
  public:
   const int64_t chunk;
-
- private:
-  const int64_t width_;
-
- public:
+  const int64_t width;  ///< channels of a group
   const int64_t lane_groups_a_group, lane_groups;
   const int64_t row;  ///< states, rounded up to vectors
 };

@@ -211,6 +211,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CommandError(f"--resume: expected a run in --out, got {path.parent}, with no {path.name}")
     try:
-        return torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises whatever its reader stumbles over
         raise CommandError(f"--resume: {path} cannot be read ({error})") from error
+    if not isinstance(state, dict) or "fingerprint" not in state:
+        raise CommandError(f"--resume: expected a checkpoint of longspan train, got {path}")
+    return state

@@ -379,6 +379,9 @@ def test_what_cannot_be_resumed_is_left_alone(text, finished, tmp_path, capsys):
     (finished / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-1000])
     assert main(["train", "--out", str(finished), "--resume"]) == 2
     assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+    torch.save({"model": {}}, finished / "checkpoint.pt")
+    assert main(["train", "--out", str(finished), "--resume"]) == 2
+    assert "expected a checkpoint of longspan train" in capsys.readouterr().err
 
 
 # ---- that it learns

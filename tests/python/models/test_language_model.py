@@ -211,6 +211,19 @@ def test_autocast():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
+def test_compiled_and_exported(model, fresh_compiler):
+    ids = tokens(2, 40)
+    compiled = torch.compile(model, fullgraph=True)
+    loss = compiled(ids, labels=ids).loss
+    expected = model(ids, labels=ids).loss
+    assert_close(loss, expected)
+    weights = list(model.parameters())
+    assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights))
+    with torch.no_grad():
+        assert_close(torch.export.export(model, (ids,)).module()(ids).logits, model(ids).logits)
+
+
 # ---- how it starts
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from checks import assert_raises
+from torch.nn.functional import cross_entropy
 
+from longspan.models import LanguageModelConfig, MambaLM, cosine_with_warmup, parameter_groups
 from longspan.models.tasks import induction_heads, selective_copying
 
 
@@ -55,3 +57,43 @@ def test_wrong_arguments():
         (["vocab_size", "2 or more", "got 1"], lambda: induction_heads(1, 9, vocab_size=1)),
     ):
         assert_raises(ValueError, parts, call)
+
+
+def learn(task, lessons, lr, batch=32):
+    """Train two layers of Mamba on ``lessons``, each (steps, length) of the task, short ones first."""
+    torch.manual_seed(0)
+    generator = seeded(1)
+    model = MambaLM(LanguageModelConfig(vocab_size=16, d_model=64, n_layer=2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, betas=(0.9, 0.95))
+    lengths = [length for steps, length in lessons for _ in range(steps)]
+    for step, length in enumerate(lengths):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine_with_warmup(step, len(lengths), warmup=50)
+        ids, labels = task(batch, length, generator=generator)
+        optimizer.zero_grad()
+        cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+@torch.no_grad()
+def accuracy(model, task, length, batch=512):
+    ids, labels = task(batch, length, generator=seeded(2))
+    judged = labels != -100
+    return (model(ids).logits.argmax(-1) == labels)[judged].float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "lessons", "lr"),
+    [
+        (selective_copying, [(2500, 64), (600, 256)], 7e-3),
+        (induction_heads, [(300, 32), (50, 256)], 5e-3),
+    ],
+)
+def test_two_layers_of_mamba_learn_it_at_length_256(task, lessons, lr):
+    model = learn(task, lessons, lr)
+    found = accuracy(model, task, 256)
+    print(f"{task.__name__}: accuracy {found:.4f}")
+    assert found > 0.95
