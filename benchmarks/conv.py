@@ -19,6 +19,8 @@ def cases() -> Iterator[Case]:
     for layout in ("channels first", "channels last"):
         yield f"conv1d + silu forward, {layout}", partial(_conv, layout, False, 2.0)
         yield f"conv1d + silu forward + backward, {layout}", partial(_conv, layout, True, 4.0)
+    for layout in ("channels first", "channels last"):
+        yield f"conv1d update, batch 1024, state {layout}", partial(_update, layout)
     yield "gated norm forward", partial(_norm, False)
     yield "gated norm forward + backward", partial(_norm, True)
 
@@ -65,6 +67,32 @@ def _conv(layout: str, backward: bool, at_least: float, bench: Bench) -> Row:
         )
     with torch.no_grad():
         return bench.compare(ours, peer, **options)
+
+
+def _update(layout: str, bench: Bench) -> Row:
+    """A step of decoding, against the same in plain torch: roll the state, write, multiply and sum."""
+    torch.manual_seed(0)
+    batch = 1024
+    x, weight, bias = torch.randn(batch, CHANNELS), torch.randn(CHANNELS, WIDTH), torch.randn(CHANNELS)
+    state = torch.randn(batch, CHANNELS, WIDTH)
+    if layout == "channels last":
+        state = state.transpose(1, 2).contiguous().transpose(1, 2)
+    mine, theirs = state.clone(), state.clone()  # clones lie as state does
+
+    def ours() -> Tensor:
+        return longspan.causal_conv1d_update(x, mine, weight, bias, activation="silu")
+
+    def peer() -> Tensor:
+        theirs.copy_(torch.roll(theirs, shifts=-1, dims=-1))
+        theirs[:, :, -1] = x
+        return silu((theirs * weight).sum(-1) + bias)
+
+    row = bench.compare(ours, peer, tolerance=1e-5, at_least=4.0, peer_name="torch roll", memory=False)
+    if row.ours_seconds is not None:
+        # The limit is measured on the same tensor: reading and writing it in place.
+        (scale,) = bench.times(lambda: mine.mul_(1.0))
+        row.limit, row.limit_fraction = "in-place read + write", scale / row.ours_seconds
+    return row
 
 
 def _norm(backward: bool, bench: Bench) -> Row:

@@ -113,6 +113,22 @@ LS_INLINE void store_as(void* data, Dtype dtype, int64_t at, Vec<T> v, int64_t n
   }
 }
 
+/// n elements, `stride` apart, into lanes; the others are zero. And the way back.
+template <class T>
+LS_INLINE Vec<T> load_lanes(const void* data, Dtype dtype, int64_t at, int64_t stride, int64_t n) {
+  n = min_of<int64_t>(n, kLanes<T>);
+  if (stride == 1) return load_as<T>(data, dtype, at, n);
+  Vec<T> v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = load_as<T>(data, dtype, at + i * stride, 1)[0];
+  return v;
+}
+template <class T>
+LS_INLINE void store_lanes(void* data, Dtype dtype, int64_t at, int64_t stride, Vec<T> v, int64_t n) {
+  n = min_of<int64_t>(n, kLanes<T>);
+  if (stride == 1) return store_as<T>(data, dtype, at, v, n);
+  for (int64_t i = 0; i < n; ++i) store_as<T>(data, dtype, at + i * stride, broadcast(v[i]), 1);
+}
+
 /// body.operator()<dtype>(): chosen once a block, not once a vector.
 template <class T, class Body>
 LS_INLINE void with_dtype(Dtype dtype, const Body& body) {

@@ -288,18 +288,4 @@ Results compute(const KernelTable& kernels, const Problem& p, Inputs& in, int th
   return r;
 }
 
-double distance(const std::vector<double>& got, const std::vector<double>& expected) {
-  if (got.size() != expected.size()) return INFINITY;
-  double worst = 0, greatest = 1;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (!std::isfinite(got[i]) || !std::isfinite(expected[i])) {
-      if (got[i] != expected[i]) return INFINITY;
-      continue;
-    }
-    worst = std::max(worst, std::fabs(got[i] - expected[i]));
-    greatest = std::max(greatest, std::fabs(expected[i]));
-  }
-  return worst / greatest;
-}
-
 }  // namespace longspan::test

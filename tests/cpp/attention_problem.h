@@ -73,8 +73,4 @@ Results reference(const Problem& p, const Inputs& in);
 Results compute(const KernelTable& kernels, const Problem& p, Inputs& in, int threads = 2,
                 bool backward = true);
 
-/// The greatest difference, relative to the greatest expected magnitude or 1; infinite where infinities
-/// or NaN differ.
-double distance(const std::vector<double>& got, const std::vector<double>& expected);
-
 }  // namespace longspan::test

@@ -1,6 +1,7 @@
 // bfloat16 and half in integer arithmetic, a number at a time, for comparison; and random numbers.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -122,6 +123,22 @@ class Array {
   Dtype dtype_ = Dtype::kFloat;
   std::vector<unsigned char> bytes_;
 };
+
+/// The greatest difference, relative to the greatest expected magnitude or 1; infinite where infinities
+/// or NaN differ.
+inline double distance(const std::vector<double>& got, const std::vector<double>& expected) {
+  if (got.size() != expected.size()) return INFINITY;
+  double worst = 0, greatest = 1;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!std::isfinite(got[i]) || !std::isfinite(expected[i])) {
+      if (got[i] != expected[i]) return INFINITY;
+      continue;
+    }
+    worst = std::max(worst, std::fabs(got[i] - expected[i]));
+    greatest = std::max(greatest, std::fabs(expected[i]));
+  }
+  return worst / greatest;
+}
 
 /// Normally distributed, the same on every machine (std::normal_distribution is not).
 class Random {
