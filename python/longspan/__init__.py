@@ -35,13 +35,14 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan import models, nn
+from longspan import models, nn, patterns
 from longspan.ops.attention import (
     attention,
     attention_decode,
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.selective_scan import selective_scan, selective_state_update
@@ -54,12 +55,14 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
     "isa",
     "merge_attention",
     "models",
     "nn",
+    "patterns",
     "rms_norm_gated",
     "selective_scan",
     "selective_state_update",

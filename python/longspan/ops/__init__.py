@@ -6,6 +6,7 @@ from longspan.ops.attention import (
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.selective_scan import selective_scan, selective_state_update
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
     "merge_attention",
