@@ -164,9 +164,12 @@ class Forward {
     bool started = false;
     int64_t turn = 0;
     const auto visit = [&](const BlockRun& run) {
-      for (int64_t k0 = run.begin; k0 < run.end; k0 += kKeyBlock) {
+      // Tiles of about one size: 64 and 64 keys are faster than 96 and 32.
+      const int64_t keys = run.end - run.begin;
+      const int64_t step = round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), 16);
+      for (int64_t k0 = run.begin; k0 < run.end; k0 += step) {
         if (turn++ % splits_ != split) continue;
-        tile(rules, block, k, v, k0, min_of(k0 + kKeyBlock, run.end), run, started, w);
+        tile(rules, block, k, v, k0, min_of(k0 + step, run.end), run, started, w);
         started = true;
       }
     };

@@ -80,9 +80,14 @@ def block_sparse_attention(
             f"{name}: block_mask: expected one for {lengths[0]} queries and {lengths[1]} keys, "
             f"got {block_mask.shape}"
         )
-    for what, n, got in (("batch", q.shape[0], block_mask.batch), ("heads", q.shape[1], block_mask.heads)):
+    for what, n, got in (
+        ("batch", q.shape[0], block_mask.batch),
+        ("heads", q.shape[1], block_mask.heads),
+    ):
         if got not in (1, n):
-            raise ValueError(f"{name}: block_mask: expected {what} of {n}, as q has them, or 1, got {got}")
+            raise ValueError(
+                f"{name}: block_mask: expected {what} of {n}, as q has them, or 1, got {got}"
+            )
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if has_kernels(name, q):
         m = block_mask

@@ -16,6 +16,4 @@ def block_sparse_attention(
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> (out, lse), with bool ``mask`` (heads or 1, T_q, T_k) or with a batch before it."""
-    return attention(
-        q, k, v, mask.to(q.device), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes
-    )
+    return attention(q, k, v, mask.to(q.device), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
