@@ -130,7 +130,8 @@ class BlockMask:
                     f"got {type(mask).__name__}"
                 )
         batch, heads = mask.kv_num_blocks.shape[:2]
-        grid = _grid(name, *mask.seq_lengths, batch * heads, tuple(mask.BLOCK_SIZE))
+        tokens, keys = mask.seq_lengths
+        grid = _grid(name, tokens, keys, batch * heads, tuple(mask.BLOCK_SIZE))
 
         def listed(count: Tensor | None, index: Tensor | None) -> Tensor:
             """Numbers of the blocks that a pair of flex's tensors names."""
@@ -146,14 +147,14 @@ class BlockMask:
         blocks = torch.vmap(mod)
         row, column = partial // grid.columns, partial % grid.columns
         queries = _positions(row % grid.rows, grid.query_block, grid.tokens)
-        keys = _positions(column, grid.key_block, grid.keys)
+        positions = _positions(column, grid.key_block, grid.keys)
         lists = row // grid.rows
         step = max(1, _CHUNK // (grid.query_block * grid.key_block))
         bits = [torch.full((1, grid.query_block // WORD, grid.key_block), -1)]
         for i in range(0, len(partial), step):
             part = slice(i, i + step)
             where = lists[part] // heads, lists[part] % heads
-            bits.append(pack(blocks(*where, queries[part], keys[part])))
+            bits.append(pack(blocks(*where, queries[part], positions[part])))
         numbers = torch.cat([full, partial])
         patterns = torch.cat([torch.zeros_like(full), 1 + torch.arange(len(partial))])
         order = torch.argsort(numbers)

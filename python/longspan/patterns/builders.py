@@ -253,9 +253,10 @@ def sparse_transformer(
         return BlockMask(grid, combine(first, second, torch.bitwise_or))
     lists = Grid(len(wanted), T, T, block_size, block_size)
     size = grid.rows * grid.columns
-    begins, bits = {}, []
+    begins: dict[str, int] = {}
+    bits: list[Tensor] = []
     for kind, entries in sets.items():
-        begins[kind] = sum(map(len, bits))
+        begins[kind] = sum(len(table) for table in bits)
         bits.append(entries.bits)
     # Each set's pattern 0 is the whole block; the later ones' stay, unused, in the table.
     patterns = [
