@@ -43,9 +43,9 @@ def draw(mask: BlockMask, which: int) -> Any:
         vmin=0,
         vmax=1,
         aspect="equal",
-        interpolation="nearest",
         extent=(0, keys, tokens, 0),
     )
+    axes.spines[:].set_visible(False)  # they would hide a global token at the edge
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     axes.set_title(f"{tokens} x {keys}, density {mask.density:.3f}")
