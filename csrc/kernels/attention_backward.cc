@@ -194,9 +194,9 @@ class Backward {
       for (int64_t g = 0; g < group_; ++g) {
         const int64_t head = kv_head * group_ + g;
         const ScoreRules<T> rules(p_, b, head);
-        const auto meet = [&](int64_t j, const Interval& seen, const BlockRun& run) {
+        const auto meet = [&](int64_t j, int64_t queries, const Interval& seen, const BlockRun& run) {
           const int64_t q0 = j * kQueryBlock;
-          const Place at{b, head, j, q0, min_of(q0 + kQueryBlock, s.tokens)};
+          const Place at{b, head, j, q0, min_of(q0 + queries, s.tokens)};
           tile(rules, at, kc, vc, kt, finite, k0, seen, run, sum_of(share, g, j), w);
         };
         if (p_.blocks.row_begins) {
@@ -206,7 +206,7 @@ class Backward {
         const Interval queries = query_blocks_of(s, task, kb);
         for (int64_t j = queries.begin; j < queries.end; ++j) {
           const Interval seen = seen_of(s, j * kQueryBlock, k0, k1);
-          if (!seen.empty()) meet(j, seen, BlockRun{});
+          if (!seen.empty()) meet(j, kQueryBlock, seen, BlockRun{});
         }
       }
       finish_keys(b, kv_head, s.k_begin + k0, keys, w);

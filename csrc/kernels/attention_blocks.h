@@ -5,16 +5,19 @@
 //
 //     forward     a row of the mask     [ b b b . . b . b b ]   three runs, cut into tiles
 //     backward    the columns of one block of keys, row by row: three columns, at most two runs a row
+//
+// Keys at the ends of a run that no query sees, and queries after the last that sees a key, are cut
+// off: a global token is one key of its column's block, and one query of its row's.
 #pragma once
 
 #include "kernels/attention_geometry.h"
 
 namespace longspan::LONGSPAN_ISA {
 
-/// Keys [begin, end) of adjacent blocks, the first of which begins at `begin`, and each block's
-/// pattern. Without patterns: keys of no list.
+/// Adjacent blocks, the first of which begins at key `begin`, and each one's pattern. Without
+/// patterns: keys of no list.
 struct BlockRun {
-  int64_t begin = 0, end = 0;
+  int64_t begin = 0;
   const int32_t* patterns = nullptr;
 };
 
@@ -22,7 +25,39 @@ LS_INLINE int64_t list_of(const AttentionBlocks& x, int64_t batch, int64_t head)
   return batch * x.batch + head * x.head;
 }
 
-/// visit(run) for the keys that queries [q0, q0 + kQueryBlock) of a head may see, ascending.
+/// The words of a block of the run, for the 64 queries from q0 on.
+LS_INLINE const uint64_t* words_of(const AttentionBlocks& x, const BlockRun& run, int64_t block,
+                                   int64_t q0) {
+  const int64_t part = q0 % x.query_block / kQueryBlock, parts = x.query_block / kQueryBlock;
+  return x.bits + (run.patterns[block] * parts + part) * x.key_block;
+}
+
+/// Keys [k0, k1) without those at either end that none of 64 queries sees; begins an even number on.
+LS_INLINE Interval seen_keys(const AttentionBlocks& x, const BlockRun& run, int64_t q0, int64_t k0,
+                             int64_t k1) {
+  const auto seen = [&](int64_t k) {
+    const int64_t at = k - run.begin;
+    return words_of(x, run, at / x.key_block, q0)[at % x.key_block] != 0;
+  };
+  int64_t begin = k0, end = k1;
+  while (begin < end && !seen(begin)) ++begin;
+  while (end > begin && !seen(end - 1)) --end;
+  return {begin - (begin - k0) % 2, end};
+}
+
+/// Of 64 queries, how many there are up to the last that sees one of keys [k0, k1).
+LS_INLINE int64_t queries_that_see(const AttentionBlocks& x, const BlockRun& run, int64_t q0, int64_t k0,
+                                   int64_t k1) {
+  uint64_t any = 0;
+  for (int64_t k = k0; k < k1 && any >> 63 == 0;) {
+    const int64_t block = (k - run.begin) / x.key_block, begin = run.begin + block * x.key_block;
+    const uint64_t* words = words_of(x, run, block, q0) - begin;
+    for (const int64_t end = min_of(begin + x.key_block, k1); k < end; ++k) any |= words[k];
+  }
+  return any == 0 ? 0 : kQueryBlock - __builtin_clzll(any);
+}
+
+/// visit(keys, run) for the keys that queries [q0, q0 + kQueryBlock) of a head may see, ascending.
 template <class Visit>
 LS_INLINE void for_each_run(const AttentionParams& p, int64_t batch, int64_t head, int64_t q0,
                             const Visit& visit) {
@@ -33,8 +68,10 @@ LS_INLINE void for_each_run(const AttentionParams& p, int64_t batch, int64_t hea
   for (int64_t i = x.row_begins[row]; i < end;) {
     int64_t last = i;
     while (last + 1 < end && x.columns[last + 1] == x.columns[last] + 1) ++last;
-    visit(BlockRun{x.columns[i] * x.key_block, min_of((x.columns[last] + 1) * x.key_block, p.keys),
-                   x.row_patterns + i});
+    const BlockRun run{x.columns[i] * x.key_block, x.row_patterns + i};
+    const Interval keys =
+        seen_keys(x, run, q0, run.begin, min_of((x.columns[last] + 1) * x.key_block, p.keys));
+    if (!keys.empty()) visit(keys, run);
     i = last + 1;
   }
 }
@@ -65,7 +102,8 @@ class BlockColumns {
     return hull;
   }
 
-  /// visit(query block, keys, run) for each query block, ascending, and each run of keys it sees.
+  /// visit(query block, queries, keys, run) for each query block, ascending, and each run of keys that
+  /// its first `queries` see.
   template <class Visit>
   LS_INLINE void for_each(const Visit& visit) const {
     const AttentionBlocks& x = p_.blocks;
@@ -87,10 +125,14 @@ class BlockColumns {
         if (patterns[c] == kAbsent) continue;
         int64_t last = c;
         while (last + 1 < count_ && patterns[last + 1] != kAbsent) ++last;
-        const BlockRun run{(first_ + c) * x.key_block, (first_ + last + 1) * x.key_block, patterns + c};
-        const Interval keys{max_of(k0_, run.begin), min_of(k1_, run.end)};
+        const BlockRun run{(first_ + c) * x.key_block, patterns + c};
+        const int64_t begin = max_of(k0_, run.begin),
+                      end = min_of(k1_, (first_ + last + 1) * x.key_block);
         for (int64_t j = row * per_row; j < min_of((row + 1) * per_row, blocks); ++j) {
-          visit(j, keys, run);
+          const int64_t q0 = j * kQueryBlock;
+          const Interval keys = seen_keys(x, run, q0, begin, end);
+          if (keys.empty()) continue;
+          visit(j, queries_that_see(x, run, q0, keys.begin, keys.end), keys, run);
         }
         c = last;
       }
@@ -125,12 +167,11 @@ LS_INLINE void hide_unseen(const AttentionBlocks& x, const BlockRun& run, T* til
   using I = IntOf<T>;
   Vec<I> bit;
   for (int i = 0; i < L; ++i) bit[i] = I(1) << i;
-  const int64_t part = q0 % x.query_block / kQueryBlock, parts = x.query_block / kQueryBlock;
   for (int64_t k = k0; k < k1;) {
     const int64_t block = (k - run.begin) / x.key_block, begin = run.begin + block * x.key_block;
-    const int64_t end = min_of(begin + x.key_block, k1), pattern = run.patterns[block];
-    const uint64_t* words = x.bits + (pattern * parts + part) * x.key_block - begin;
-    for (; pattern != 0 && k < end; ++k) {
+    const int64_t end = min_of(begin + x.key_block, k1);
+    const uint64_t* words = words_of(x, run, block, q0) - begin;
+    for (; run.patterns[block] != 0 && k < end; ++k) {
       const uint64_t word = words[k];
       if (word == ~uint64_t(0)) continue;
       T* row = tile + (k - k0) * kQueryBlock;
