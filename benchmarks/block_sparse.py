@@ -181,7 +181,6 @@ def _against_layer(
         tolerance=TOLERANCE[FLOAT],
         at_least=at_least,
         peer_name="transformers",
-        flops=0.0 if backward else _flops(ours),
     )
 
 

@@ -145,6 +145,20 @@ def seen_keys(grid: Grid, seen: Tensor) -> Entries:
     )
 
 
+def without_keys(grid: Grid, entries: Entries, visible: Tensor) -> Entries:
+    """A mask of one list without the keys that are not ``visible`` (bool, as many as there are)."""
+    padded = torch.zeros(grid.columns * grid.key_block, dtype=torch.bool)
+    padded[: grid.keys] = visible
+    padded[grid.keys :] = padded[grid.keys - 1 : grid.keys]  # nobody looks; spares a pattern
+    words = torch.where(padded.view(grid.columns, 1, grid.key_block), -1, 0)
+    column = entries.keys % grid.columns
+    cut = (~(words == -1).flatten(1).all(1))[column]
+    cut_bits = entries.bits[entries.patterns[cut]] & words[column[cut]]
+    patterns = entries.patterns.clone()
+    patterns[cut] = len(entries.bits) + torch.arange(len(cut_bits))
+    return canonical(Entries(entries.keys, patterns, torch.cat([entries.bits, cut_bits])))
+
+
 def seeing_queries(grid: Grid, seen: Tensor) -> Entries:
     """Queries (bool, as many as there are) that see every key."""
     padded = torch.zeros(grid.rows * grid.query_block, dtype=torch.bool)

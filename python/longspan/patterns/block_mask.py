@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan.patterns._entries import WORD, Entries, Grid, canonical, combine, pack, rectangles, unpack
+from longspan.patterns._entries import (
+    WORD,
+    Entries,
+    Grid,
+    canonical,
+    combine,
+    pack,
+    rectangles,
+    unpack,
+    without_keys,
+)
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -226,7 +236,86 @@ class BlockMask:
         entries = rectangles(grid, which, q, (q + block).clamp(max=T_q), k, (k + block).clamp(max=T_k))
         return cls(grid, entries, heads=len(lists))
 
+    @classmethod
+    def stack(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """One mask for each entry of a batch.
+
+        Args:
+            masks: Of one shape, block size and number of heads, each with a batch of 1.
+
+        Raises:
+            ValueError: No masks, or they do not fit each other.
+
+        Example::
+
+            BlockMask.stack([longformer(512, window=64, global_tokens=[i]) for i in range(4)])
+        """
+        if not masks:
+            raise ValueError("BlockMask.stack: masks: expected at least one, got none")
+        first = masks[0]
+        for i, mask in enumerate(masks):
+            facts = (mask.shape, mask.block_size, mask.heads, mask.batch)
+            if facts != (first.shape, first.block_size, first.heads, 1):
+                raise ValueError(
+                    f"BlockMask.stack: masks[{i}]: expected shape {first.shape}, block_size "
+                    f"{first.block_size}, heads {first.heads} and batch 1, got {mask}"
+                )
+        size = first.heads * first._grid().rows * first._grid().columns
+        keys, patterns, bits, count = [], [], [], 0
+        for i, mask in enumerate(masks):
+            entries = mask._entries()
+            keys.append(entries.keys + i * size)
+            patterns.append(entries.patterns + count)
+            bits.append(entries.bits)
+            count += len(entries.bits)
+        grid = Grid(len(masks) * first.heads, *first.shape, *first.block_size)
+        entries = canonical(Entries(torch.cat(keys), torch.cat(patterns), torch.cat(bits)))
+        return cls(grid, entries, batch=len(masks), heads=first.heads)
+
     # ---- combined, and back
+
+    def hide_keys(self, visible: Tensor) -> BlockMask:
+        """The mask without keys that are padding.
+
+        Args:
+            visible: (T_k,) bool for all, or (B, T_k) with a row for each entry of the batch.
+
+        Returns:
+            A mask with a batch of B, or as it was where all rows are equal.
+
+        Raises:
+            TypeError: ``visible`` is not a bool tensor.
+            ValueError: Its shape does not fit.
+
+        Example::
+
+            sliding_window(100, window=(9, 9)).hide_keys(torch.arange(100) < lengths[:, None])
+        """
+        name = "BlockMask.hide_keys"
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            raise TypeError(f"{name}: visible: expected a bool tensor, got {visible}")
+        if visible.dim() not in (1, 2) or visible.shape[-1] != self.shape[1] or not len(visible):
+            raise ValueError(
+                f"{name}: visible: expected ({self.shape[1]},) or (batch, {self.shape[1]}), "
+                f"got {tuple(visible.shape)}"
+            )
+        rows = visible.cpu().reshape(-1, self.shape[1])
+        if self.batch > 1 and len(rows) not in (1, self.batch):
+            raise ValueError(f"{name}: visible: expected a batch of {self.batch}, got {len(rows)}")
+        grid, entries = self._grid(), self._entries()
+        if (rows == rows[0]).all():
+            hidden = without_keys(grid, entries, rows[0])
+            return BlockMask(grid, hidden, batch=self.batch, heads=self.heads)
+        size = self.heads * grid.rows * grid.columns
+        each = []
+        for i, row in enumerate(rows):
+            mine = entries
+            if self.batch > 1:
+                chosen = entries.keys // size == i
+                mine = Entries(entries.keys[chosen] % size, entries.patterns[chosen], entries.bits)
+            one = Grid(self.heads, *self.shape, *self.block_size)
+            each.append(BlockMask(one, without_keys(one, mine, row), heads=self.heads))
+        return BlockMask.stack(each)
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """What both see. Shapes and block sizes must be equal; batch and heads may be 1."""

@@ -69,6 +69,7 @@ def longformer(
     global_tokens: Sequence[int] | Tensor = (),
     dilation: int = 1,
     causal: bool = False,
+    global_queries: bool = True,
     block_size: int = 64,
 ) -> BlockMask:
     """Longformer: a window around each token, and global tokens that see and are seen by all.
@@ -82,6 +83,8 @@ def longformer(
         global_tokens: Positions of the global tokens.
         dilation: Distance between the keys of a window.
         causal: Leave out what looks ahead, the global tokens' too.
+        global_queries: Let the global tokens see everything. False leaves them their window, for
+            models that compute their rows otherwise, from projections of their own.
         block_size: Tokens in a side of a block, a multiple of 64.
 
     Raises:
@@ -115,7 +118,9 @@ def longformer(
     if len(where):
         chosen = torch.zeros(T, dtype=torch.bool)
         chosen[where] = True
-        everywhere = combine(seen_keys(grid, chosen), seeing_queries(grid, chosen), torch.bitwise_or)
+        everywhere = seen_keys(grid, chosen)
+        if global_queries:
+            everywhere = combine(everywhere, seeing_queries(grid, chosen), torch.bitwise_or)
         if causal:
             everywhere = causal_part(grid, everywhere)
         entries = combine(entries, everywhere, torch.bitwise_or)

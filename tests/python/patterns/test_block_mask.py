@@ -128,6 +128,24 @@ def test_and_or(a: tuple[int, int], b: tuple[int, int], seed: int, size: Any) ->
         assert_lists_fit(found)
 
 
+def test_stack_and_hide_keys() -> None:
+    masks = [BlockMask.from_dense(torch.rand(2, 130, 150) < 0.3) for _ in range(3)]
+    stacked = BlockMask.stack(masks)
+    wanted = torch.stack([mask.to_dense() for mask in masks])
+    assert torch.equal(stacked.to_dense(), wanted)
+    assert_lists_fit(stacked)
+    visible = torch.arange(150) < torch.tensor([[150], [70], [0]])
+    hidden = stacked.hide_keys(visible)
+    assert torch.equal(hidden.to_dense(), wanted & visible[:, None, None])
+    assert_lists_fit(hidden)
+    assert torch.equal(masks[0].hide_keys(visible[1]).to_dense(), wanted[0] & visible[1])
+    window = sliding_window(150, window=(70, 3))
+    each = window.hide_keys(visible)
+    assert torch.equal(each.to_dense(), window.to_dense() & visible[:, None, None])
+    assert window.hide_keys(visible[:1].expand(3, -1)).batch == 1
+    assert stacked.hide_keys(visible[1]).batch == 3
+
+
 def test_density_counts_visited_blocks() -> None:
     assert sliding_window(640).density == 1
     assert sliding_window(640, window=(0, 0)).density == pytest.approx(0.1)
@@ -208,6 +226,18 @@ def mod(result: Any):
             lambda: sliding_window(9) | sliding_window(9, block_size=128),
         ),
         (ValueError, ["heads", "2", "3"], lambda: bigbird(99, heads=2) | bigbird(99, heads=3)),
+        (ValueError, ["masks", "none"], lambda: BlockMask.stack([])),
+        (
+            ValueError,
+            ["masks[1]", "(9, 9)", "(8, 8)"],
+            lambda: BlockMask.stack([sliding_window(9), sliding_window(8)]),
+        ),
+        (TypeError, ["visible", "bool"], lambda: sliding_window(9).hide_keys(torch.ones(9))),
+        (
+            ValueError,
+            ["visible", "(9,)", "(8,)"],
+            lambda: sliding_window(9).hide_keys(torch.ones(8, dtype=torch.bool)),
+        ),
         (TypeError, ["unsupported operand"], lambda: sliding_window(9) & 3),
     ],
 )
