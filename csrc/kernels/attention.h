@@ -1,4 +1,5 @@
-// Exact attention in tiles: forward, backward, gradient of an additive mask, decoding.
+// Exact attention in tiles: forward, backward, gradient of an additive mask, decoding. With lists of
+// blocks the same kernels are block-sparse attention.
 //
 // Nothing of size tokens x keys is allocated; working memory is linear in both.
 //
@@ -29,6 +30,22 @@ struct AttentionMask {
   int64_t batch = 0, head = 0, query = 0, key = 0;  ///< strides; 0 where broadcast
 };
 
+inline constexpr int64_t kLeastKeyBlock = 16;
+
+/// Which blocks of scores there are: for each list (one for all, or a batch entry's, or a head's) and
+/// block of queries the blocks of keys, ascending; and the same by block of keys, for the backward.
+/// A block of pattern 0 is seen whole. Another pattern has a word for each key in
+/// bits[pattern][query_block / 64][key_block], whose bit i says whether query i of those 64 sees it.
+struct AttentionBlocks {
+  int64_t query_block = 0, key_block = 0;  ///< tokens: multiples of 64, and of kLeastKeyBlock
+  int64_t batch = 0, head = 0;             ///< strides in lists; 0 where shared
+  const int64_t* row_begins = nullptr;     ///< [lists * query blocks + 1]; null: all blocks
+  const int32_t *columns = nullptr, *row_patterns = nullptr;
+  const int64_t* column_begins = nullptr;  ///< [lists * key blocks + 1]
+  const int32_t *rows = nullptr, *column_patterns = nullptr;
+  const uint64_t* bits = nullptr;
+};
+
 struct AttentionParams {
   Dtype dtype = Dtype::kFloat;
   int64_t batch = 0, heads = 0, kv_heads = 0;
@@ -45,6 +62,7 @@ struct AttentionParams {
   const int64_t* cu_k = nullptr;
   const int64_t* ranges = nullptr;   ///< [batch][3]: first key, one past the last key, offset
   AttentionMask mask;
+  AttentionBlocks blocks;            ///< without the bounds and ranges above, and not packed
 
   // The score: softcap * tanh(scale * q.k / softcap) - slope * |distance| + mask.
   double scale = 1, softcap = 0;

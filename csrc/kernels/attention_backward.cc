@@ -112,16 +112,19 @@ class Backward {
       const Sequence s(p_, b);
       const int64_t blocks = ceil_div(s.keys, key_block_);
       Share& share = shares_[task];
-      if (s.left < 0) {
+      if (p_.blocks.row_begins) {
+        const int64_t kv_head = task / splits_ % p_.kv_heads;
+        share = {boundary(b, kv_head, split), boundary(b, kv_head, split + 1), 1, 0, 0, used};
+      } else if (s.left < 0) {
         share = {split, blocks, splits_, 0, 0, used};
       } else {
         share = {blocks * split / splits_, blocks * (split + 1) / splits_, 1, 0, 0, used};
       }
       bool touched = false;
       for (int64_t kb = share.first; kb < share.last; kb += share.step) {
-        const Interval q = s.query_range(kb * key_block_, min_of((kb + 1) * key_block_, s.keys));
+        const Interval q = query_blocks_of(s, task, kb);
         if (q.empty()) continue;
-        const int64_t low = q.begin / kQueryBlock, high = ceil_div(q.end, kQueryBlock);
+        const int64_t low = q.begin, high = q.end;
         share.low = touched ? min_of(share.low, low) : low;
         share.high = touched ? max_of(share.high, high) : high;
         touched = true;
@@ -129,6 +132,42 @@ class Backward {
       used += group_ * (share.high - share.low) * p_.channels * kQueryBlock;
     }
     return used;
+  }
+
+  /// Query blocks that may see a block of keys; those between the first and the last.
+  Interval query_blocks_of(const Sequence& s, int64_t task, int64_t kb) const {
+    const int64_t b = task / (p_.kv_heads * splits_), kv_head = task / splits_ % p_.kv_heads;
+    const int64_t k0 = kb * key_block_, k1 = min_of(k0 + key_block_, s.keys);
+    if (!p_.blocks.row_begins) {
+      const Interval q = s.query_range(k0, k1);
+      return q.empty() ? q : Interval{q.begin / kQueryBlock, ceil_div(q.end, kQueryBlock)};
+    }
+    Interval hull = BlockColumns(p_, b, kv_head * group_, k0, k1).query_blocks();
+    for (int64_t g = 1; g < group_; ++g) {
+      const Interval q = BlockColumns(p_, b, kv_head * group_ + g, k0, k1).query_blocks();
+      hull = {min_of(hull.begin, q.begin), max_of(hull.end, q.end)};
+    }
+    return hull;
+  }
+
+  /// Where a share begins: each gets as many blocks of scores, as far as blocks of keys allow.
+  int64_t boundary(int64_t b, int64_t kv_head, int64_t split) const {
+    const int64_t blocks = ceil_div(p_.keys, key_block_);
+    const auto work = [&](int64_t first, int64_t last) {
+      int64_t sum = 0;
+      for (int64_t g = 0; g < group_; ++g) {
+        const int64_t k1 = min_of(last * key_block_, p_.keys);
+        sum += BlockColumns(p_, b, kv_head * group_ + g, first * key_block_, k1).size();
+      }
+      return sum;
+    };
+    const int64_t total = work(0, blocks);
+    if (total == 0) return blocks * split / splits_;
+    int64_t at = 0;
+    for (int64_t before = 0; at < blocks && before * splits_ < total * split; ++at) {
+      before += work(at, at + 1);
+    }
+    return split == splits_ ? blocks : at;
   }
 
   LS_INLINE T* sum_of(const Share& share, int64_t g, int64_t block) const {
@@ -152,15 +191,22 @@ class Backward {
       const bool finite = all_finite<Dot>(kt, ceil_div(keys, Dot::kDepth), p_.channels);
       __builtin_memset(w.dk, 0, size_t(keys * gradient_.width) * sizeof(T));
       __builtin_memset(w.dv, 0, size_t(keys * gradient_.value_width) * sizeof(T));
-      const Interval queries = s.query_range(k0, k1);
-      for (int64_t g = 0; g < group_ && !queries.empty(); ++g) {
+      for (int64_t g = 0; g < group_; ++g) {
         const int64_t head = kv_head * group_ + g;
         const ScoreRules<T> rules(p_, b, head);
-        for (int64_t j = queries.begin / kQueryBlock; j * kQueryBlock < queries.end; ++j) {
+        const auto meet = [&](int64_t j, int64_t queries, const Interval& seen, const BlockRun& run) {
           const int64_t q0 = j * kQueryBlock;
-          const Place at{b, head, j, q0, min_of(q0 + kQueryBlock, s.tokens)};
-          const Interval seen = seen_of(s, at, k0, k1);
-          if (!seen.empty()) tile(rules, at, kc, vc, kt, finite, k0, seen, sum_of(share, g, j), w);
+          const Place at{b, head, j, q0, min_of(q0 + queries, s.tokens)};
+          tile(rules, at, kc, vc, kt, finite, k0, seen, run, sum_of(share, g, j), w);
+        };
+        if (p_.blocks.row_begins) {
+          BlockColumns(p_, b, head, k0, k1).for_each(meet);
+          continue;
+        }
+        const Interval queries = query_blocks_of(s, task, kb);
+        for (int64_t j = queries.begin; j < queries.end; ++j) {
+          const Interval seen = seen_of(s, j * kQueryBlock, k0, k1);
+          if (!seen.empty()) meet(j, kQueryBlock, seen, BlockRun{});
         }
       }
       finish_keys(b, kv_head, s.k_begin + k0, keys, w);
@@ -168,9 +214,9 @@ class Backward {
   }
 
   /// The least run of keys of [k0, k1) that holds all which the queries may see; begins at an even one.
-  LS_INLINE Interval seen_of(const Sequence& s, const Place& at, int64_t k0, int64_t k1) const {
+  LS_INLINE Interval seen_of(const Sequence& s, int64_t q0, int64_t k0, int64_t k1) const {
     Interval ranges[2];
-    s.key_ranges(at.q0, at.q1, ranges);
+    s.key_ranges(q0, min_of(q0 + kQueryBlock, s.tokens), ranges);
     Interval seen{k1, k0};
     for (const Interval& range : ranges) {
       const int64_t begin = max_of(range.begin, k0), end = min_of(range.end, k1);
@@ -182,15 +228,16 @@ class Backward {
 
   /// The keys `seen` of the block that begins at block_begin, against one block of queries.
   void tile(const ScoreRules<T>& rules, const Place& at, Operand<Dot> kc, Operand<Dot> vc,
-            Operand<Dot> kt, bool keys_finite, int64_t block_begin, Interval seen, T* dq,
-            const Workspace& w) const {
+            Operand<Dot> kt, bool keys_finite, int64_t block_begin, Interval seen, const BlockRun& run,
+            T* dq, const Workspace& w) const {
     const int64_t k0 = seen.begin, k1 = seen.end, skip = k0 - block_begin;
     kc.data += skip * kc.stride;
     vc.data += skip * vc.stride;
     kt.data += skip / Dot::kDepth * kt.stride;
     const QueryRecord<Dot> r = record(gradient_.record_index(at.batch, at.head, at.block));
-    const bool visible = rules.sequence.all_visible(at.q0, at.q1, k0, k1);
-    gradient_.tile(rules, r, at, kc, vc, k0, k1, visible, w.tile);
+    const bool visible =
+        rules.sequence.all_visible(at.q0, at.q1, k0, k1) && sees_whole(p_.blocks, run, k0, k1);
+    gradient_.tile(rules, r, at, kc, vc, k0, k1, visible, w.tile, run);
 
     const int64_t keys = k1 - k0, queries = at.q1 - at.q0;
     const int64_t columns = round_up(queries, kLanes<T>);

@@ -8,6 +8,7 @@
 // Counted for 64 channels in float: a tile is 2 * 64^3 multiply-adds, 32768 FMA instructions of 16
 // lanes, beside 256 exponentials of 16 lanes at about 10 instructions each: 7 % on top.
 
+#include "kernels/attention_blocks.h"
 #include "kernels/parallel.h"
 #include "kernels/softmax.h"
 #include "kernels/table.h"
@@ -160,16 +161,28 @@ class Forward {
     const TokenRows k = rows_of(p_.k, p_.dtype, kv_batch, kv_head, s.k_begin);
     const TokenRows v = rows_of(p_.v, p_.dtype, kv_batch, kv_head, s.k_begin);
 
-    Interval ranges[2];
-    s.key_ranges(block.q0, block.q1, ranges);
     bool started = false;
     int64_t turn = 0;
-    for (const Interval& range : ranges) {
-      if (range.empty()) continue;
-      for (int64_t k0 = range.begin & ~int64_t(1); k0 < range.end; k0 += kKeyBlock) {
+    const auto visit = [&](const Interval& range, const BlockRun& run) {
+      // Tiles of about one size: 64 and 64 keys are faster than 96 and 32.
+      const int64_t keys = range.end - range.begin;
+      const int64_t step = round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), 16);
+      for (int64_t k0 = range.begin; k0 < range.end; k0 += step) {
         if (turn++ % splits_ != split) continue;
-        tile(rules, block, k, v, k0, min_of(k0 + kKeyBlock, range.end), range.end, started, w);
+        tile(rules, block, k, v, {k0, min_of(k0 + step, range.end)}, range.end, run, started, w);
         started = true;
+      }
+    };
+    if (p_.blocks.row_begins) {
+      // A tile of fewer queries leaves the others' sums as they are.
+      __builtin_memset(w.accumulator, 0, size_t(value_width_ * kQueryBlock) * sizeof(T));
+      started = true;
+      for_each_run(p_, block.batch, block.head, block.q0, visit);
+    } else {
+      Interval ranges[2];
+      s.key_ranges(block.q0, block.q1, ranges);
+      for (const Interval& range : ranges) {
+        if (!range.empty()) visit({range.begin & ~int64_t(1), range.end}, BlockRun{});
       }
     }
     if (!started) {
@@ -177,19 +190,27 @@ class Forward {
     }
   }
 
-  void tile(const ScoreRules<T>& rules, const Block& block, TokenRows k, TokenRows v, int64_t k0,
-            int64_t k1, int64_t range_end, bool started, const Workspace& w) const {
-    const int64_t keys = k1 - k0, queries = block.q1 - block.q0;
-    const int64_t columns = round_up(queries, kLanes<T>);
+  void tile(const ScoreRules<T>& rules, const Block& block, TokenRows k, TokenRows v, Interval range,
+            int64_t range_end, const BlockRun& run, bool started, const Workspace& w) const {
+    const int64_t k0 = range.begin, k1 = range.end, keys = k1 - k0;
+    int64_t queries = block.q1 - block.q0;
+    if (run.patterns) {
+      queries = min_of(queries, queries_that_see(p_.blocks, run, block.q0, k0, k1));
+    }
+    const int64_t q1 = block.q0 + queries, columns = round_up(queries, kLanes<T>);
     prefetch(k.from(k1), min_of(range_end - k1, kKeyBlock), p_.channels);
     prefetch(v.from(k1), min_of(range_end - k1, kKeyBlock), p_.value_channels);
     const Operand<Dot> kt = by_channel<Dot>(k.from(k0), keys, p_.channels, w.keys);
     Product<Dot>{kt.data, kt.stride, 1, w.queries, kQueryBlock, w.scores, kQueryBlock}
         .template run_as<Start::kZero, false, true>(keys, columns, depth_);
 
-    const bool visible = rules.sequence.all_visible(block.q0, block.q1, k0, k1);
-    const bool plain = visible && rules.plain();
-    if (!plain) rules.apply(w.scores, w.bias, nullptr, block.q0, block.q1, k0, k1);
+    const bool within = rules.sequence.all_visible(block.q0, q1, k0, k1);
+    const bool visible = within && sees_whole(p_.blocks, run, k0, k1);
+    const bool plain = within && rules.plain();
+    if (!plain) rules.apply(w.scores, w.bias, nullptr, block.q0, q1, k0, k1);
+    if (run.patterns && !visible) {
+      hide_unseen(p_.blocks, run, w.scores, block.q0, q1, k0, k1);
+    }
     const T unit = plain ? rules.scale * T(kLog2e) : T(kLog2e);
     if (rules.drops) {
       online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);

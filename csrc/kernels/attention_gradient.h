@@ -9,6 +9,7 @@
 // As in the forward, tiles are transposed: S^T = K Q^T and dP^T = V dO^T, keys along rows.
 #pragma once
 
+#include "kernels/attention_blocks.h"
 #include "kernels/parallel.h"
 #include "kernels/softmax.h"
 
@@ -160,7 +161,8 @@ class AttentionGradient {
   /// lanes up to a whole vector are written. Dropout is in both.
   template <bool biased = false>
   void tile(const ScoreRules<T>& rules, const QueryRecord<Dot>& r, const Place& at, Operand<Dot> keys,
-            Operand<Dot> values, int64_t k0, int64_t k1, bool visible, const Workspace& w) const {
+            Operand<Dot> values, int64_t k0, int64_t k1, bool visible, const Workspace& w,
+            const BlockRun& run = {}) const {
     const int64_t count = k1 - k0, columns = round_up(at.q1 - at.q0, kLanes<T>);
     Product<Dot>{keys.data, keys.stride, 1, r.q_transposed, kQueryBlock, w.scores, kQueryBlock}
         .template run_as<Start::kZero, false, true>(count, columns, depth);
@@ -169,6 +171,7 @@ class AttentionGradient {
     const bool capped = !biased && p_.softcap != 0;
     const bool plain = visible && rules.plain() && !rules.drops;
     if (!plain) rules.apply(w.scores, w.bias, capped ? w.derivative : nullptr, at.q0, at.q1, k0, k1);
+    if (run.patterns && !visible) hide_unseen(p_.blocks, run, w.scores, at.q0, at.q1, k0, k1);
     if (plain) {
       differentiate<true>(rules, r, at, k0, count, columns, nullptr, w);
     } else {

@@ -22,6 +22,19 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor out, Tensor lse, Tensor attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_ranges, Tensor? dropout_seed, "
       "int left, int right, int sink_tokens, float scale, float softcap, float dropout_p) -> Tensor");
+  // (B, H, T, D) each. The lists of kernels/attention.h's AttentionBlocks: begins and bits int64, the
+  // others int32; list_batch and list_heads are 1 where lists are shared. -> out, log-sum-exp
+  m.def(
+      "block_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor row_begins, Tensor columns, "
+      "Tensor row_patterns, Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, "
+      "Tensor? alibi_slopes, int list_batch, int list_heads, float scale, float softcap) "
+      "-> (Tensor, Tensor)");
+  // -> dq, dk, dv
+  m.def(
+      "block_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor row_begins, Tensor columns, Tensor row_patterns, "
+      "Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, Tensor? alibi_slopes, "
+      "int list_batch, int list_heads, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
   // Writes k_new and v_new into the caches. -> out, log-sum-exp
   m.def(
       "attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "

@@ -35,13 +35,14 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan import models, nn
+from longspan import models, nn, patterns
 from longspan.ops.attention import (
     attention,
     attention_decode,
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
@@ -55,6 +56,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
     "isa",
@@ -63,6 +65,7 @@ __all__ = [
     "merge_attention",
     "models",
     "nn",
+    "patterns",
     "rms_norm_gated",
     "selective_scan",
     "selective_state_update",

@@ -8,9 +8,11 @@ instead of                      import
 ``causal_conv1d`` (Dao)         `longspan.compat.causal_conv1d`
 =============================== ==============================
 
-Or swap none: `install` puts them under the peers' own names.
+Or swap none: `install` puts them under the peers' own names. `flex_attention` stands in for the function
+of that name in ``torch.nn.attention.flex_attention``, with `Softcap` and `Alibi` for its score_mod.
 """
 
+from longspan.compat._flex import Alibi, Softcap, flex_attention
 from longspan.compat._install import install
 
-__all__ = ["install"]
+__all__ = ["Alibi", "Softcap", "flex_attention", "install"]

@@ -6,6 +6,7 @@ from longspan.ops.attention import (
     attention_varlen,
     merge_attention,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
     "linear_attention",
