@@ -12,8 +12,8 @@ from longspan.ops._autograd import (
     register_autograd,
     register_once_differentiable,
 )
-from longspan.ops._checks import has_kernels, sum_dtype
-from longspan.ops.attention import _check_heads, _check_options, _empty_heads
+from longspan.ops._checks import empty_heads, has_kernels, sum_dtype
+from longspan.ops.attention import _check_heads, _check_options
 from longspan.patterns import BlockMask
 from longspan.reference import block_sparse as reference
 
@@ -107,14 +107,14 @@ def block_sparse_attention(
 
 @torch.library.register_fake("longspan::block_sparse_attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 @torch.library.register_fake("longspan::block_sparse_attention_backward")
 def _(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_heads(q, q.shape[3]), _empty_heads(k, k.shape[3]), _empty_heads(v, v.shape[3])
+    return empty_heads(q, q.shape[3]), empty_heads(k, k.shape[3]), empty_heads(v, v.shape[3])
 
 
 # ---- autograd
