@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
 
@@ -21,6 +22,7 @@
   X(conv_update)                \
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
+  X(rotary_apply)               \
   X(selective_scan_forward)     \
   X(selective_scan_backward)    \
   X(selective_state_update)     \

@@ -35,7 +35,7 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan import models, nn
+from longspan import models, nn, rope
 from longspan.ops.attention import (
     attention,
     attention_decode,
@@ -44,6 +44,7 @@ from longspan.ops.attention import (
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.rotary import apply_rotary
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "apply_rotary",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -61,6 +63,7 @@ __all__ = [
     "models",
     "nn",
     "rms_norm_gated",
+    "rope",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -4,5 +4,6 @@ from longspan.nn.attention import Attention, KVCache
 from longspan.nn.mamba import Mamba
 from longspan.nn.mamba2 import Mamba2
 from longspan.nn.norm import RMSNormGated
+from longspan.nn.rotary import RotaryEmbedding
 
-__all__ = ["Attention", "KVCache", "Mamba", "Mamba2", "RMSNormGated"]
+__all__ = ["Attention", "KVCache", "Mamba", "Mamba2", "RMSNormGated", "RotaryEmbedding"]
