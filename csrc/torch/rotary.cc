@@ -1,6 +1,9 @@
 // Rotary position embedding: torch's tensors in, kernels/rotary.h's structs out.
 #include "kernels/rotary.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "kernels/table.h"
 #include "torch/tensors.h"
 
@@ -100,20 +103,33 @@ struct Arguments {
   /// Tables with neighbours repeated, as some models have them, would silently turn by wrong angles:
   /// one row tells. The halves may differ by roundings, of compiled code with a scalar tail.
   void check_halves(int64_t row) const {
-    Tensor all = cos;  // narrow takes it by a reference that is not const
-    const Tensor one = torch::stable::narrow(all, int(cos.dim()) - 2, row, 1);
-    const std::vector<double> values = values_of<double>(one, ScalarType::Double);
-    const size_t width = size_t(params.rotary_channels), half = width / 2;
-    for (size_t i = 0; i < values.size(); i += width) {
-      for (size_t c = 0; c < half; ++c) {
-        const double difference = values[i + c] - values[i + c + half];
-        STD_TORCH_CHECK(!(difference > 1e-3 || difference < -1e-3),
+    const int64_t width = params.rotary_channels, half = width / 2;
+    for (int64_t b = 0; b < (params.cos.batch ? params.batch : 1); ++b) {
+      const int64_t at = b * params.cos.batch + row * params.cos.row;
+      for (int64_t c = 0; c < half; ++c) {
+        const double one = number(at + c), other = number(at + c + half);
+        STD_TORCH_CHECK(!(one - other > 1e-3 || one - other < -1e-3),
                         "apply_rotary: cos: expected the angles of the pairs twice, one half after the "
                         "other (also where interleaved), got ",
-                        values[i + c], " in channel ", c, " and ", values[i + c + half], " in channel ",
-                        c + half, " of row ", row);
+                        one, " in channel ", c, " and ", other, " in channel ", c + half, " of row ",
+                        row);
       }
     }
+  }
+
+  double number(int64_t at) const {
+    const void* p = params.cos.data;
+    switch (params.table_dtype) {
+      case Dtype::kFloat:
+        return static_cast<const float*>(p)[at];
+      case Dtype::kDouble:
+        return static_cast<const double*>(p)[at];
+      case Dtype::kBfloat16:
+        return float(static_cast<const torch::headeronly::BFloat16*>(p)[at]);
+      case Dtype::kHalf:
+        return float(static_cast<const torch::headeronly::Half*>(p)[at]);
+    }
+    return 0;
   }
 };
 

@@ -190,6 +190,20 @@ def test_strides_and_threads_change_nothing() -> None:
     assert ROTATE(q, None, cos, sin)[0].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_large_outputs_go_past_the_caches(isa: str, dtype: torch.dtype) -> None:
+    """The same bits as in place, where stores are ordinary ones."""
+    size = torch.empty((), dtype=dtype).element_size()
+    q = torch.randn(1, 2, (5 << 20) // (160 * size), 80).to(dtype)
+    same = torch.float64 if dtype == torch.float64 else torch.float32
+    for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2), q[..., :72]):
+        for channels, interleaved in ((64, False), (64, True), (40, False)):
+            cos, sin = tables(x.shape[2], channels, dtype=same)
+            out, _ = ROTATE(x, None, cos, sin, interleaved=interleaved)
+            again, _ = ROTATE(x.clone(), None, cos, sin, interleaved=interleaved, inplace=True)
+            assert torch.equal(out, again)
+
+
 def test_empty() -> None:
     for b, t in ((0, 3), (2, 0)):
         found = results(ours(*tables(t, 4)), heads(b, 2, 1, t, 4))
