@@ -8,6 +8,7 @@
 #include "kernels/conv.h"
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
 
@@ -25,6 +26,7 @@
   X(linear_attention_step)      \
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
+  X(rotary_apply)               \
   X(selective_scan_forward)     \
   X(selective_scan_backward)    \
   X(selective_state_update)     \

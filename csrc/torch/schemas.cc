@@ -65,6 +65,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "rms_norm_gated_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? z, "
       "Tensor rstd, float eps, int group_size, bool norm_before_gate) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // q (B, H, T, D), k (B, H_kv, T, D), cos and sin (T, R) or (1 or B, T, R), or tables (max_position, R)
+  // with positions (T,) or (B, T), or with cu_seqlens, where B = 1. -> the same turned, by the opposite
+  // angle where inverse; the second is empty where there is no k
+  m.def(
+      "apply_rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, "
+      "Tensor? cu_seqlens, bool interleaved, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "apply_rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? positions, "
+      "Tensor? cu_seqlens, bool interleaved) -> ()");
   // x, z (B, L, H, P), dt (B, L, H), B and C (B, L, G, N). -> out, final states (B, H, P, N), states of
   // the packed sequences (S, H, P, N), states at span boundaries (kernels/ssd.h); empty where not asked
   // for

@@ -35,7 +35,7 @@ if _os.environ.get("LONGSPAN_ISA") and _C.isa() != _os.environ["LONGSPAN_ISA"]:
         + ", ".join(_C.isa_levels())
     )
 
-from longspan import models, nn, patterns
+from longspan import models, nn, patterns, rope
 from longspan.ops.attention import (
     attention,
     attention_decode,
@@ -46,6 +46,7 @@ from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.rotary import apply_rotary
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "apply_rotary",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -67,6 +69,7 @@ __all__ = [
     "nn",
     "patterns",
     "rms_norm_gated",
+    "rope",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.models.config import LanguageModelConfig
-from longspan.nn import Attention, Mamba, Mamba2
+from longspan.nn import Attention, Mamba, Mamba2, RotaryEmbedding
 
 
 @dataclass
@@ -142,30 +142,6 @@ def _mix_mamba(mixer: Any, x: Tensor, cache: Cache | None) -> Tensor:
 # ---- attention
 
 
-@dataclass(frozen=True)
-class RotaryEmbedding:
-    """Rotates queries and keys by their positions, halves paired as Llama does (Su et al. 2021).
-
-    Args:
-        base: Of the wavelengths, which are ``2 pi base^(2 i / D)``.
-    """
-
-    base: float = 10000.0
-
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate q (B, H, T, D) and k (B, H_kv, T, D) to ``positions`` (B or 1, T)."""
-        half = q.shape[-1] // 2
-        exponent = torch.arange(half, device=q.device, dtype=torch.float32) / half
-        angle = positions[:, None, :, None] * self.base**-exponent
-        cos, sin = angle.cos(), angle.sin()
-
-        def rotate(x: Tensor) -> Tensor:
-            a, b = x.chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-        return rotate(q), rotate(k)
-
-
 def _make_attention(
     d_model: int,
     *,
@@ -197,7 +173,7 @@ def _make_attention(
         num_kv_heads,
         head_dim,
         qk_norm=qk_norm,
-        rotary=RotaryEmbedding(rope_base),
+        rotary=RotaryEmbedding(size, base=rope_base),
         causal=True,
         window=(-1, -1) if window is None else (window - 1, 0),
         sink_tokens=sink_tokens,

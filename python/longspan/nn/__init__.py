@@ -4,6 +4,7 @@ from longspan.nn.attention import Attention, KVCache
 from longspan.nn.mamba import Mamba
 from longspan.nn.mamba2 import Mamba2
 from longspan.nn.norm import RMSNormGated
+from longspan.nn.rotary import RotaryEmbedding
 from longspan.nn.sparse import (
     BigBirdSelfAttention,
     LongformerSelfAttention,
@@ -18,5 +19,6 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "RMSNormGated",
+    "RotaryEmbedding",
     "SparseTransformerAttention",
 ]
