@@ -14,23 +14,21 @@ struct Case {
   int64_t batch = 2, length = 37, heads = 2, groups = 1, channels = 5, states = 7, chunk = 16;
   bool options = true;
   std::vector<int64_t> cuts = {};  ///< where runs end within each row
+  bool packed = false;  ///< the runs (of a single row) are sequences, with states of their own
 
-  /// Each row cut into runs; the first one has an initial state, the last one's state is kept.
-  std::vector<SsdRun> runs() const {
-    std::vector<SsdRun> all;
+  int64_t sequences() const { return packed ? int64_t(cuts.size()) + 1 : batch; }
+
+  /// Each row cut into runs. A row's first has its initial state and its last one's is kept; packed,
+  /// each has both.
+  std::vector<Run> runs() const {
+    std::vector<Run> all;
     int64_t spans = 0, boundaries = 0;
     for (int64_t b = 0; b < batch; ++b) {
       int64_t begin = 0;
       for (size_t i = 0; i <= cuts.size(); ++i) {
-        const int64_t end = i < cuts.size() ? cuts[i] : length;
-        SsdRun run{b,
-                   begin,
-                   end,
-                   i == 0 && options ? b : -1,
-                   i == cuts.size() ? b : -1,
-                   int64_t(all.size()),
-                   spans,
-                   boundaries};
+        const int64_t end = i < cuts.size() ? cuts[i] : length, own = packed ? int64_t(i) : b;
+        const bool first = packed || i == 0, last = packed || i == cuts.size();
+        const Run run{b, begin, end, first && options ? own : -1, last ? own : -1, spans, boundaries};
         spans += run.spans(), boundaries += std::max<int64_t>(0, run.spans() - 1);
         all.push_back(run);
         begin = end;
@@ -38,6 +36,9 @@ struct Case {
     }
     return all;
   }
+
+  /// Whether a run's last state is its row's.
+  bool is_final(const Run& run) const { return run.last >= 0 && (!packed || run.end == length); }
 };
 
 std::vector<Case> cases() {
@@ -49,6 +50,7 @@ std::vector<Case> cases() {
       {.name = "one token", .length = 1},
       {.name = "no token", .length = 0},
       {.name = "runs", .length = 50, .cuts = {1, 1, 20}},
+      {.name = "packed", .batch = 1, .length = 50, .cuts = {1, 1, 20}, .packed = true},
       {.name = "two spans, long chunks",
        .batch = 1,
        .length = 300,
@@ -81,9 +83,9 @@ struct Inputs {
     b = Strided(dtype, {s.batch, s.length, s.groups, s.states}, {}, 1);
     c = Strided(dtype, {s.batch, s.length, s.groups, s.states});
     a = Strided(sums, {s.heads});
-    d_final = states(s.batch), d_sequences = states(int64_t(s.runs().size()));
+    d_final = states(s.batch), d_sequences = states(s.sequences());
     if (s.options) {
-      z = Strided(dtype, shape, {}, 2), initial = states(s.batch);
+      z = Strided(dtype, shape, {}, 2), initial = states(s.sequences());
       d = Strided(sums, {s.heads, s.channels}), bias = Strided(sums, {s.heads});
     }
     for (Strided* each : {&x, &z, &b, &c, &d, &bias, &initial, &d_out, &d_final, &d_sequences}) {
@@ -107,7 +109,7 @@ std::vector<std::vector<double>> reference(const Case& s, const Inputs& in) {
     return step.value < kLeast ? Number(kLeast) : step.value > kMost ? Number(kMost) : step;
   };
   Numbers out(x.size()), final, sequences;
-  for (const SsdRun& run : s.runs()) {
+  for (const Run& run : s.runs()) {
     for (int64_t head = 0; head < s.heads; ++head) {
       for (int64_t p = 0; p < s.channels; ++p) {
         Numbers h(size_t(s.states), Number(0));
@@ -128,8 +130,8 @@ std::vector<std::vector<double>> reference(const Case& s, const Inputs& in) {
           }
           out[at] = s.options ? y * silu(z[at]) : y;
         }
-        sequences.insert(sequences.end(), h.begin(), h.end());
-        if (run.final >= 0) final.insert(final.end(), h.begin(), h.end());
+        if (run.last >= 0) sequences.insert(sequences.end(), h.begin(), h.end());
+        if (s.is_final(run)) final.insert(final.end(), h.begin(), h.end());
       }
     }
   }
@@ -149,10 +151,10 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
                    {"db", like(in.b)},  {"dc", like(in.c)},          {"da", like(in.a)},
                    {"dd", like(in.d)},  {"d_bias", like(in.bias)},   {"d_initial", like(in.initial)}};
   const auto layout = [](Strided& x) {
-    return SsdTensor{x.data(), x.stride(0), x.stride(1), x.stride(2)};
+    return SequenceTensor{x.data(), x.stride(0), x.stride(1), x.stride(2)};
   };
-  const std::vector<SsdRun> runs = s.runs();
-  std::vector<SsdSpan> spans;
+  const std::vector<Run> runs = s.runs();
+  std::vector<Span> spans;
   int64_t boundaries = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     for (int64_t k = 0; k < runs[i].spans(); ++k) spans.push_back({int64_t(i), k});
@@ -167,8 +169,8 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
   p.out = layout(results[0].second);
   p.a = in.a.data(), p.d = in.d.data(), p.dt_bias = in.bias.data();
   p.softplus = s.options, p.dt_min = kLeast, p.dt_max = kMost;
-  p.runs = runs.data(), p.run_count = int64_t(runs.size());
-  p.spans = spans.data(), p.span_count = int64_t(spans.size()), p.boundary_count = boundaries;
+  p.runs = {runs.data(), int64_t(runs.size()), spans.data(), int64_t(spans.size()), boundaries};
+  p.packed = s.packed ? s.sequences() : 0;
   p.initial = in.initial.data();
   p.final = results[1].second.data(), p.sequence_states = results[2].second.data();
   p.boundaries = kept.data(), p.threads = threads;
