@@ -18,6 +18,7 @@ from longspan.ops._checks import (
     check_integers,
     check_like,
     check_shape,
+    empty_heads,
     has_kernels,
 )
 from longspan.reference import rotary as reference
@@ -181,17 +182,9 @@ def _dispatch(
 # ---- fakes
 
 
-def _empty_heads(like: Tensor) -> Tensor:
-    """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
-    b, h, t, d = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(b, t, h, d).transpose(1, 2)
-    return like.new_empty(b, h, t, d)
-
-
 @torch.library.register_fake("longspan::apply_rotary")
 def _(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_heads(q), q.new_empty(0) if k is None else _empty_heads(k)
+    return empty_heads(q, q.shape[3]), q.new_empty(0) if k is None else empty_heads(k, k.shape[3])
 
 
 @torch.library.register_fake("longspan::apply_rotary_")
