@@ -3,14 +3,13 @@
 //   S_t = exp(gate_t) S_{t-1} + k_t v_t^T                   z_t = exp(gate_t) z_{t-1} + k_t
 //   out_t = scale q_t S_t,    or normalized:    scale q_t S_t / (scale q_t . z_t + eps)
 //
-//   q, dq               [batch][heads][tokens][key_channels]
-//   k, dk               [batch][kv_heads][tokens][key_channels]        head h reads h / (heads /
-//   kv_heads) v, dv               [batch][kv_heads][tokens][value_channels] out, d_out
-//   [batch][heads][tokens][value_channels] gate, d_gate        [batch][heads][tokens], or
-//   [batch][heads][tokens][key_channels] with one decay for
-//                       each row of S; any strides
-//   states, of S        [...][heads][key_channels][value_channels], dense
-//   states, of z        [...][heads][key_channels], dense
+//   q, dq      [batch][heads][tokens][key_channels]
+//   k, dk      [batch][kv_heads][tokens][key_channels]         head h reads h / (heads / kv_heads)
+//   v, dv      [batch][kv_heads][tokens][value_channels]
+//   out        [batch][heads][tokens][value_channels]          and d_out
+//   gate       [batch][heads][tokens], or one decay for each row of S:
+//              [batch][heads][tokens][key_channels]            and d_gate; any strides
+//   states     [...][heads][key_channels][value_channels] of S, [...][heads][key_channels] of z, dense
 //
 // Not causal, S and z are the sums over all of a sequence's keys. Then there are no gates, k, v, dk and
 // dv may have another number of tokens, and run i of the queries reads the state of run i of the keys.

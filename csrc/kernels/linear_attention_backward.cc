@@ -100,23 +100,12 @@ class Backward {
     return lay_out(arena);
   }
 
-  /// Which tokens a chunk has, of which head.
-  struct Place {
-    const Run& run;
-    int64_t head, t0, n;
-  };
-  Place place(const Run& run, int64_t span, int64_t head, int64_t chunk) const {
+  LinearPlace place(const Run& run, int64_t span, int64_t head, int64_t chunk) const {
     const int64_t t0 = run.begin_of(span) + chunk * chunk_.tokens;
     return {run, head, t0, min_of(chunk_.tokens, run.end_of(span) - t0)};
   }
   int64_t chunks_of(const Run& run, int64_t span) const {
     return ceil_div(run.end_of(span) - run.begin_of(span), chunk_.tokens);
-  }
-  TokenRows query_rows(const SequenceTensor& x, const Place& at) const {
-    return chunk_.rows(x, at.run, at.head, at.t0);
-  }
-  TokenRows key_rows(const SequenceTensor& x, const Place& at) const {
-    return chunk_.rows(x, at.run, chunk_.kv_head(at.head), at.t0);
   }
 
   LinearState<T> state_in(T* space) const { return {space, space + state_size() - chunk_.key_width}; }
@@ -132,18 +121,18 @@ class Backward {
     copy_rows<T>(x, n, channels, width, scale, out);
     __builtin_memset(out + n * width, 0, size_t((chunk_.tokens - n) * width * kBytes));
   }
-  void load_queries(const Place& at, const Workspace& w) const {
-    load_rows(query_rows(p_.q, at), at.n, p_.key_channels, chunk_.key_width, nullptr, w.q);
+  void load_queries(const LinearPlace& at, const Workspace& w) const {
+    load_rows(chunk_.query_rows(p_.q, at), at.n, p_.key_channels, chunk_.key_width, nullptr, w.q);
     w.decay.from_start(w.q, at.n, w.scaled_q);
   }
-  void load_keys(const Place& at, const Workspace& w) const {
-    load_rows(key_rows(p_.k, at), at.n, p_.key_channels, chunk_.key_width, nullptr, w.k);
-    load_rows(key_rows(p_.v, at), at.n, p_.value_channels, chunk_.value_width, nullptr, w.v);
+  void load_keys(const LinearPlace& at, const Workspace& w) const {
+    load_rows(chunk_.key_rows(p_.k, at), at.n, p_.key_channels, chunk_.key_width, nullptr, w.k);
+    load_rows(chunk_.key_rows(p_.v, at), at.n, p_.value_channels, chunk_.value_width, nullptr, w.v);
     w.decay.to_end(w.k, at.n, w.scaled_k);
   }
 
-  void load_dy(const Place& at, const Workspace& w) const {
-    chunk_.load_dy(query_rows(g_.d_out, at), query_rows(p_.out, at),
+  void load_dy(const LinearPlace& at, const Workspace& w) const {
+    chunk_.load_dy(chunk_.query_rows(g_.d_out, at), chunk_.query_rows(p_.out, at),
                    chunk_.denominators(at.run, at.head, at.t0), at.n, w.factor, w.dy, w.r);
   }
 
@@ -194,7 +183,7 @@ class Backward {
   void add_queries(const Run& run, int64_t span, int64_t head, T* decay, Workspace w) const {
     __builtin_memset(w.d_states, 0, size_t(state_bytes()));
     for (int64_t c = chunks_of(run, span) - 1; c >= 0; --c) {
-      const Place at = place(run, span, head, c);
+      const LinearPlace at = place(run, span, head, c);
       w.decay.prepare(p_, run, head, at.t0, at.n, chunk_.tokens);
       load_queries(at, w);
       load_dy(at, w);
@@ -205,20 +194,11 @@ class Backward {
   }
 
   /// dS and dz before a chunk, from those behind it.
-  void retreat(const Place& at, LinearState<T> d, const Workspace& w) const {
+  void retreat(const LinearPlace& at, LinearState<T> d, const Workspace& w) const {
     const int64_t width = chunk_.value_width;
-    Product<Dot> product{w.scaled_q, 1, chunk_.key_width, w.dy, width, d.s, width};
-    product.rescale = w.decay.whole;
-    if (p_.kind == Gate::kNone) {
-      product.template run_as<Start::kAccumulate, false, false>(p_.key_channels, width, at.n);
-    } else {
-      product.template run_as<Start::kRescaleRows, false, false>(p_.key_channels, width, at.n);
-    }
-    if (p_.normalized) chunk_.advance_norm(whole_of(w), w.scaled_q, w.r, at.n, d.z);
-  }
-
-  const T* whole_of(const Workspace& w) const {
-    return p_.kind == Gate::kNone ? nullptr : w.decay.whole;
+    const Product<Dot> product{w.scaled_q, 1, chunk_.key_width, w.dy, width, d.s, width};
+    chunk_.template advance<Start::kRescaleRows>(product, w.decay, p_.key_channels, width, at.n);
+    if (p_.normalized) chunk_.advance_norm(w.decay.factors(), w.scaled_q, w.r, at.n, d.z);
   }
 
   /// The gradient of a run's last state; whether there is any.
@@ -300,10 +280,11 @@ class Backward {
     chunk_.load_boundary(span.run, head, state);
     turn(state.s, w.states);
     for (int64_t c = 0; c < chunks_of(run, span.index); ++c) {
-      const Place at = place(run, span.index, head, c);
+      const LinearPlace at = place(run, span.index, head, c);
       load_dy(at, w);
       read_state(at.n, {w.states, state.z}, w);
-      store_rows<T>(w.dq, chunk_.key_width, at.n, p_.key_channels, nullptr, query_rows(g_.dq, at));
+      store_rows<T>(w.dq, chunk_.key_width, at.n, p_.key_channels, nullptr,
+                    chunk_.query_rows(g_.dq, at));
     }
   }
 
@@ -316,13 +297,13 @@ class Backward {
       add_decayed(d_boundary(span.run, first + i), nullptr, w.d_states);
     const LinearState<T> d = state_in(w.d_states);
     for (int64_t c = 0; c < chunks_of(run, span.index); ++c) {
-      const Place at = place(run, span.index, first, c);
+      const LinearPlace at = place(run, span.index, first, c);
       load_keys(at, w);
       write_state(at.n, d, w);
       Product<Dot>{w.k, chunk_.key_width, 1, d.s, value, w.dv, value}
           .template run_as<Start::kZero, false, true>(at.n, value, p_.key_channels);
-      store_rows<T>(w.dk, chunk_.key_width, at.n, p_.key_channels, nullptr, key_rows(g_.dk, at));
-      store_rows<T>(w.dv, value, at.n, p_.value_channels, nullptr, key_rows(g_.dv, at));
+      store_rows<T>(w.dk, chunk_.key_width, at.n, p_.key_channels, nullptr, chunk_.key_rows(g_.dk, at));
+      store_rows<T>(w.dv, value, at.n, p_.value_channels, nullptr, chunk_.key_rows(g_.dv, at));
     }
   }
 
@@ -356,7 +337,7 @@ class Backward {
     calculate_states(run, span, head, chunks, w);
     const bool from_zero = span == 0 && run.initial < 0;
     for (int64_t c = chunks - 1; c >= 0; --c) {
-      const Place at = place(run, span, head, c);
+      const LinearPlace at = place(run, span, head, c);
       w.decay.prepare(p_, run, head, at.t0, at.n, chunk_.tokens);
       load_queries(at, w);
       load_keys(at, w);
@@ -382,27 +363,22 @@ class Backward {
       __builtin_memcpy(state_in(w.states).z, first.z, size_t(chunk_.key_width * kBytes));
     }
     for (int64_t c = 0; c + 1 < chunks; ++c) {
-      const Place at = place(run, span, head, c);
+      const LinearPlace at = place(run, span, head, c);
       const LinearState<T> next = state_in(w.states + (c + 1) * state_size());
       __builtin_memcpy(next.s, next.s - state_size(), size_t(state_bytes()));
       w.decay.prepare(p_, run, head, at.t0, at.n, chunk_.tokens);
       load_keys(at, w);
       const int64_t width = chunk_.key_width;
-      Product<Dot> product{w.v, 1, chunk_.value_width, w.scaled_k, width, next.s, width};
-      product.rescale = w.decay.whole;
-      if (p_.kind == Gate::kNone) {
-        product.template run_as<Start::kAccumulate, false, false>(p_.value_channels, width, at.n);
-      } else {
-        product.template run_as<Start::kRescale, false, false>(p_.value_channels, width, at.n);
-      }
-      if (p_.normalized) chunk_.advance_norm(whole_of(w), w.scaled_k, nullptr, at.n, next.z);
+      const Product<Dot> product{w.v, 1, chunk_.value_width, w.scaled_k, width, next.s, width};
+      chunk_.template advance<Start::kRescale>(product, w.decay, p_.value_channels, width, at.n);
+      if (p_.normalized) chunk_.advance_norm(w.decay.factors(), w.scaled_k, nullptr, at.n, next.z);
     }
   }
 
   /// One chunk of one head, of which everything is loaded. state: before it, where `before` says that it
   /// is not zero; d: behind it, likewise.
-  void differentiate(const Place& at, LinearState<T> state, bool before, LinearState<T> d, bool behind,
-                     const Workspace& w) const {
+  void differentiate(const LinearPlace& at, LinearState<T> state, bool before, LinearState<T> d,
+                     bool behind, const Workspace& w) const {
     const int64_t n = at.n, key = chunk_.key_width, value = chunk_.value_width;
     before ? read_state(n, state, w) : (void)__builtin_memset(w.dq, 0, size_t(n * key * kBytes));
     for (int64_t c = 0; c < key; c += L) store(w.end + c, Vec<T>{});
@@ -417,9 +393,9 @@ class Backward {
     if (before && behind && p_.kind != Gate::kNone) meet(state, d, w);
     within(n, w);
     if (p_.kind != Gate::kNone) gate_gradient(at, w);
-    store_rows<T>(w.dq, key, n, p_.key_channels, nullptr, query_rows(g_.dq, at));
-    store_shared(at, w.dk, w.dk_sum, key, p_.key_channels, key_rows(g_.dk, at));
-    store_shared(at, w.dv, w.dv_sum, value, p_.value_channels, key_rows(g_.dv, at));
+    store_rows<T>(w.dq, key, n, p_.key_channels, nullptr, chunk_.query_rows(g_.dq, at));
+    store_shared(at, w.dk, w.dk_sum, key, p_.key_channels, chunk_.key_rows(g_.dk, at));
+    store_shared(at, w.dv, w.dv_sum, value, p_.value_channels, chunk_.key_rows(g_.dv, at));
   }
 
   /// What the queries get from reading the state before the chunk.
@@ -543,7 +519,7 @@ class Backward {
     }
   }
 
-  void gate_gradient(const Place& at, const Workspace& w) const {
+  void gate_gradient(const LinearPlace& at, const Workspace& w) const {
     const GateTensor &gate = p_.gate, &to = g_.d_gate;
     const int64_t from = at.run.batch * gate.batch + at.head * gate.head + at.t0 * gate.token;
     const int64_t there = at.run.batch * to.batch + at.head * to.head + at.t0 * to.token;
@@ -579,7 +555,7 @@ class Backward {
   }
 
   /// dk or dv: a head's own, or the sum over its group's heads, which come one after the other.
-  void store_shared(const Place& at, const T* rows, T* sums, int64_t width, int64_t channels,
+  void store_shared(const LinearPlace& at, const T* rows, T* sums, int64_t width, int64_t channels,
                     TokenRows to) const {
     if (group_ == 1) return store_rows<T>(rows, width, at.n, channels, nullptr, to);
     const int64_t of_group = at.head % group_;

@@ -66,6 +66,9 @@ struct LinearDecay {
     }
   }
 
+  /// `whole`, or null where nothing decays.
+  const T* factors() const { return kind == Gate::kNone ? nullptr : whole; }
+
   /// out = exp(a_t) x_t, and exp(a_n - a_t) x_t, for rows of key channels; out may be x.
   void from_start(const T* x, int64_t n, T* out) const {
     multiply(x, n, token.from_start, channel.from_start, out);
@@ -83,6 +86,12 @@ struct LinearDecay {
       }
     }
   }
+};
+
+/// Which tokens a chunk has, of which head.
+struct LinearPlace {
+  const Run& run;
+  int64_t head, t0, n;
 };
 
 template <class Dot>
@@ -107,6 +116,24 @@ class LinearChunk {
   TokenRows rows(const SequenceTensor& x, const Run& run, int64_t head, int64_t token) const {
     const int64_t at = run.batch * x.batch + token * x.token + head * x.head;
     return {static_cast<char*>(x.data) + at * size_of(p.dtype), p.dtype, x.token};
+  }
+  TokenRows query_rows(const SequenceTensor& x, const LinearPlace& at) const {
+    return rows(x, at.run, at.head, at.t0);
+  }
+  TokenRows key_rows(const SequenceTensor& x, const LinearPlace& at) const {
+    return rows(x, at.run, kv_head(at.head), at.t0);
+  }
+
+  /// A state through a chunk: what it decays to, by rows or columns, and the product on top.
+  template <Start kDecayed>
+  void advance(Product<Dot> product, const LinearDecay<T>& decay, int64_t rows, int64_t columns,
+               int64_t depth) const {
+    product.rescale = decay.factors();
+    if (product.rescale == nullptr) {
+      product.template run_as<Start::kAccumulate, false, false>(rows, columns, depth);
+    } else {
+      product.template run_as<kDecayed, false, false>(rows, columns, depth);
+    }
   }
   int64_t kv_head(int64_t head) const { return head / (p.heads / p.kv_heads); }
 

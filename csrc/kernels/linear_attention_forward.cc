@@ -83,18 +83,6 @@ class Forward {
     return lay_out(arena);
   }
 
-  /// Which tokens a chunk has, of which head.
-  struct Place {
-    const Run& run;
-    int64_t head, t0, n;
-  };
-  TokenRows query_rows(const SequenceTensor& x, const Place& at) const {
-    return chunk_.rows(x, at.run, at.head, at.t0);
-  }
-  TokenRows key_rows(const SequenceTensor& x, const Place& at) const {
-    return chunk_.rows(x, at.run, chunk_.kv_head(at.head), at.t0);
-  }
-
   void run_causal() {
     const int64_t whole = p_.runs.run_count * p_.heads, parts = p_.runs.span_count * p_.heads;
     const int64_t boundaries = p_.runs.boundary_count * p_.heads;
@@ -177,7 +165,7 @@ class Forward {
   void add_keys(const Run& run, int64_t span, int64_t head, T* decay, Workspace w) const {
     const int64_t last = run.end_of(span);
     for (int64_t t0 = run.begin_of(span); t0 < last; t0 += chunk_.tokens) {
-      const Place at{run, head, t0, min_of(chunk_.tokens, last - t0)};
+      const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
       w.decay.prepare(p_, run, head, t0, at.n, chunk_.tokens);
       load_values(at, w);
       advance(at, w);
@@ -240,12 +228,12 @@ class Forward {
     pack_state(w);
     const int64_t last = run.end_of(span.index), width = chunk_.value_width;
     for (int64_t t0 = run.begin_of(span.index); t0 < last; t0 += chunk_.tokens) {
-      const Place at{run, head, t0, min_of(chunk_.tokens, last - t0)};
+      const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
       load_queries(at, w);
       Product<Dot>{w.mixed, mixed_ld_, 1, w.panel, width, w.y, width}
           .template run_as<Start::kZero, false, true>(at.n, width, depth_);
       chunk_.weigh(w.q_rows, w.state.z, nullptr, at.n, chunk_.denominators(run, head, t0), w.factor);
-      store_rows<T>(w.y, width, at.n, p_.value_channels, w.factor, query_rows(p_.out, at));
+      store_rows<T>(w.y, width, at.n, p_.value_channels, w.factor, chunk_.query_rows(p_.out, at));
     }
   }
 
@@ -255,35 +243,36 @@ class Forward {
   void walk(const Run& run, int64_t k, int64_t head, bool wanted, Workspace w) const {
     const int64_t last = run.end_of(k);
     for (int64_t t0 = run.begin_of(k); t0 < last; t0 += chunk_.tokens) {
-      const Place at{run, head, t0, min_of(chunk_.tokens, last - t0)};
-      const Place next{run, head, t0 + at.n, min_of(chunk_.tokens, run.end - t0 - at.n)};
+      const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
+      const LinearPlace next{run, head, t0 + at.n, min_of(chunk_.tokens, run.end - t0 - at.n)};
       w.decay.prepare(p_, run, head, t0, at.n, chunk_.tokens);
       // Memory is asked for a chunk ahead, a tensor at a time, so that it answers while products run.
-      prefetch(query_rows(p_.q, next), next.n, p_.key_channels);
-      prefetch<true>(query_rows(p_.out, at), at.n, p_.value_channels);
+      prefetch(chunk_.query_rows(p_.q, next), next.n, p_.key_channels);
+      prefetch<true>(chunk_.query_rows(p_.out, at), at.n, p_.value_channels);
       load_queries(at, w);
       load_values(at, w);
       score(at, w);
-      prefetch(key_rows(p_.k, next), next.n, p_.key_channels);
+      prefetch(chunk_.key_rows(p_.k, next), next.n, p_.key_channels);
       chunk_.mix(w.decay, w.scores, at.n, w.mixed + depth_, mixed_ld_, w.sums);
       multiply(at.n, w);
-      prefetch(key_rows(p_.v, next), next.n, p_.value_channels);
+      prefetch(chunk_.key_rows(p_.v, next), next.n, p_.value_channels);
       chunk_.weigh(w.q_rows, w.state.z, w.sums, at.n, chunk_.denominators(run, head, t0), w.factor);
-      store_rows<T>(w.y, chunk_.value_width, at.n, p_.value_channels, w.factor, query_rows(p_.out, at));
+      store_rows<T>(w.y, chunk_.value_width, at.n, p_.value_channels, w.factor,
+                    chunk_.query_rows(p_.out, at));
       if (wanted || t0 + at.n < last) advance(at, w);
     }
   }
 
   /// exp(a_t) q to where it is multiplied.
-  void load_queries(const Place& at, const Workspace& w) const {
-    const TokenRows q = query_rows(p_.q, at);
+  void load_queries(const LinearPlace& at, const Workspace& w) const {
+    const TokenRows q = chunk_.query_rows(p_.q, at);
     if (!in_rows_) {
       const T* from_start = p_.kind == Gate::kToken ? w.decay.token.from_start : nullptr;
       return copy_by_channel<Dot>(q, at.n, p_.key_channels, from_start, w.mixed, mixed_ld_);
     }
     load_padded(q, at.n, w.q_rows);
     if (p_.kind == Gate::kChannel) {
-      load_padded(key_rows(p_.k, at), at.n, w.k_rows);
+      load_padded(chunk_.key_rows(p_.k, at), at.n, w.k_rows);
       w.decay.channel.scores(w.q_rows, w.k_rows, at.n, w.scores);
     }
     w.decay.from_start(w.q_rows, at.n, w.q_rows);
@@ -298,18 +287,18 @@ class Forward {
                      size_t((chunk_.tokens - n) * chunk_.key_width) * sizeof(T));
   }
 
-  void load_values(const Place& at, const Workspace& w) const {
-    copy_by_token<Dot>(key_rows(p_.v, at), at.n, p_.value_channels, nullptr,
+  void load_values(const LinearPlace& at, const Workspace& w) const {
+    copy_by_token<Dot>(chunk_.key_rows(p_.v, at), at.n, p_.value_channels, nullptr,
                        w.panel + depth_ * chunk_.value_width, chunk_.value_width);
   }
 
   /// q k^T, strips of it up to the diagonal.
-  void score(const Place& at, const Workspace& w) const {
+  void score(const LinearPlace& at, const Workspace& w) const {
     if (p_.kind == Gate::kChannel) return;  // with the queries
-    transposed<Dot>(key_rows(p_.k, at), at.n, p_.key_channels, w.turned, chunk_.tokens);
-    const Operand<Dot> q = p_.kind == Gate::kNone
-                               ? Operand<Dot>{w.mixed, mixed_ld_}
-                               : by_channel<Dot>(query_rows(p_.q, at), at.n, p_.key_channels, w.q);
+    transposed<Dot>(chunk_.key_rows(p_.k, at), at.n, p_.key_channels, w.turned, chunk_.tokens);
+    const Operand<Dot> q = p_.kind == Gate::kNone ? Operand<Dot>{w.mixed, mixed_ld_}
+                                                  : by_channel<Dot>(chunk_.query_rows(p_.q, at), at.n,
+                                                                    p_.key_channels, w.q);
     for (int64_t t = 0; t < at.n; t += kStrip) {
       const int64_t count = min_of(kStrip, at.n - t);
       Product<Dot>{q.data + t * q.stride,        q.stride,     1, w.turned, chunk_.tokens,
@@ -345,8 +334,8 @@ class Forward {
   }
 
   /// The state behind a chunk whose decays are prepared and whose values are loaded.
-  void advance(const Place& at, const Workspace& w) const {
-    const TokenRows key = key_rows(p_.k, at);
+  void advance(const LinearPlace& at, const Workspace& w) const {
+    const TokenRows key = chunk_.key_rows(p_.k, at);
     Operand<Dot> k{w.k, chunk_.key_width};
     if (in_rows_) {
       copy_rows<T>(key, at.n, p_.key_channels, chunk_.key_width, nullptr, w.k_rows);
@@ -363,16 +352,10 @@ class Forward {
       k = by_token<Dot>(key, at.n, p_.key_channels, false, w.k);
     }
     const int64_t width = chunk_.value_width, depth = ceil_div(at.n, Dot::kDepth);
-    Product<Dot> product{k.data, 1, k.stride, w.panel + depth_ * width, width, w.state.s, width};
-    product.rescale = w.decay.whole;
-    if (p_.kind == Gate::kNone) {
-      product.template run_as<Start::kAccumulate, false, false>(p_.key_channels, width, depth);
-    } else {
-      product.template run_as<Start::kRescaleRows, false, false>(p_.key_channels, width, depth);
-    }
+    const Product<Dot> product{k.data, 1, k.stride, w.panel + depth_ * width, width, w.state.s, width};
+    chunk_.template advance<Start::kRescaleRows>(product, w.decay, p_.key_channels, width, depth);
     if (p_.normalized) {
-      chunk_.advance_norm(p_.kind == Gate::kNone ? nullptr : w.decay.whole, w.k_rows, nullptr, at.n,
-                          w.state.z);
+      chunk_.advance_norm(w.decay.factors(), w.k_rows, nullptr, at.n, w.state.z);
     }
   }
 

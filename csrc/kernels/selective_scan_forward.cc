@@ -98,33 +98,34 @@ class Forward {
   void run_in_segments() {
     const int64_t scans = p_.batch * shape_.lane_groups, part = kSegment * L;
     Arena measure;
-    lay_out_segment(measure);
-    Scratch scratch(measure.used() * scans), sequences(p_.batch * int64_t(sizeof(Piece)));
-    Piece* sequence = reinterpret_cast<Piece*>(sequences.at(0));
-    shape_.pieces(most_, sequence);
+    lay_out(measure);
+    Scratch scratch(measure.used() * scans), pieces(p_.batch * int64_t(sizeof(Piece)));
+    pieces_ = reinterpret_cast<Piece*>(pieces.at(0));
+    shape_.pieces(most_, pieces_);  // whole sequences
     int64_t longest = 0;
-    for (int64_t s = 0; s < p_.batch; ++s)
-      longest = max_of(longest, sequence[s].end - sequence[s].begin);
-    const auto workspace = [&](int64_t scan) {
+    for (int64_t s = 0; s < p_.batch; ++s) longest = max_of(longest, pieces_[s].end - pieces_[s].begin);
+    /// body(sequence, its lane group, their workspace)
+    const auto with_scan = [&](int64_t scan, const auto& body) {
       Arena arena(scratch.at(measure.used() * scan));
-      return lay_out_segment(arena);
+      body(pieces_[scan / shape_.lane_groups], shape_.lane_group(scan % shape_.lane_groups),
+           lay_out(arena));
     };
     for (int64_t scan = 0; scan < scans; ++scan) {
-      load_parameters(sequence[scan / shape_.lane_groups].sequence,
-                      shape_.lane_group(scan % shape_.lane_groups), nullptr, workspace(scan));
+      with_scan(scan, [&](const Piece& piece, LaneGroup g, const Workspace& w) {
+        load_parameters(piece.sequence, g, nullptr, w);
+      });
     }
     const int64_t runs = kSegment / kRun;
     for (int64_t segment = 0; segment < longest || segment == 0; segment += kSegment) {
-      /// body(sequence, lane group, workspace, first step, steps): for each run of the segment.
+      /// body(sequence, lane group, first step, steps, workspace): for each run of the segment.
       const auto each_run = [&](const auto& body) {
         parallel_for(scans * runs, p_.threads, [&](int64_t i, int) {
-          const int64_t scan = i / runs, into = i % runs * kRun;
-          const Piece& piece = sequence[scan / shape_.lane_groups];
-          const int64_t t = piece.begin + segment + into;
-          if (t >= piece.end) return;
-          Workspace w = workspace(scan);
-          w.step += into * L, w.step_u += into * L, w.y += into * L, w.z += into * L;
-          body(piece, shape_.lane_group(scan % shape_.lane_groups), t, min_of(kRun, piece.end - t), w);
+          with_scan(i / runs, [&](const Piece& piece, LaneGroup g, Workspace w) {
+            const int64_t into = i % runs * kRun, t = piece.begin + segment + into;
+            if (t >= piece.end) return;
+            w.step += into * L, w.step_u += into * L, w.y += into * L, w.z += into * L;
+            body(piece, g, t, min_of(kRun, piece.end - t), w);
+          });
         });
       };
       each_run([&](const Piece& piece, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) {
@@ -137,12 +138,12 @@ class Forward {
         }
       });
       parallel_for(scans * splits_, p_.threads, [&](int64_t i, int) {
-        const int64_t scan = i / splits_, split = i % splits_;
-        const Piece& piece = sequence[scan / shape_.lane_groups];
-        Workspace w = workspace(scan);
-        w.y += split * part;
-        advance_segment(piece, shape_.lane_group(scan % shape_.lane_groups), segment,
-                        p_.states * split / splits_, p_.states * (split + 1) / splits_, w);
+        with_scan(i / splits_, [&](const Piece& piece, LaneGroup g, Workspace w) {
+          const int64_t split = i % splits_;
+          w.y += split * part;
+          advance_segment(piece, g, segment, p_.states * split / splits_,
+                          p_.states * (split + 1) / splits_, w);
+        });
       });
       each_run([&](const Piece& piece, LaneGroup g, int64_t t, int64_t steps, const Workspace& w) {
         for (int64_t i = 0; i < steps * L; i += L) {
@@ -162,11 +163,9 @@ class Forward {
     T* y;  ///< [split][time][lane]
   };
 
-  Workspace lay_out(Arena& arena) const { return lay_out(arena, shape_.chunk); }
-  Workspace lay_out_segment(Arena& arena) const { return lay_out(arena, kSegment); }
-
-  Workspace lay_out(Arena& arena, int64_t steps) const {
+  Workspace lay_out(Arena& arena) const {
     Workspace w;
+    const int64_t steps = splits_ > 1 ? kSegment : shape_.chunk;
     w.a = arena.take<T>(p_.states * kSize<N>);
     w.h = arena.take<T>(p_.states * kSize<N>);
     w.b = arena.take<T>(p_.b_varies ? 0 : p_.states * kSize<N>);

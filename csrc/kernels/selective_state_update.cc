@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kLeastStates = 1 << 15;  // a thread is not worth its start below
 constexpr int64_t kStatesPerTask = 1 << 16;
-constexpr int64_t kAhead =
-    2048;  // bytes of state to ask for early: the window of instructions sees 1 KB
+/// Bytes of state to ask for early: the window of instructions sees 1 KB.
+constexpr int64_t kAhead = 2048;
 
 template <class T>
 class StateUpdate {
@@ -124,13 +124,6 @@ class StateUpdate {
                           const T* b, const T* c, T* y, const Decay& decay) const {
     Vec<T> sums[L];
     const auto each = [&](const auto& update) {
-      if (lanes == L && p_.states == L) {  // as Mamba mostly has it: no inner loop
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < L; ++k) {
-          sums[k] = update(k * state.channel, 0, decay(k, 0), load(b) * step_x[k]);
-        }
-        return;
-      }
       for (int64_t k = 0; k < L; ++k) {
         Vec<T> sum = {};
         for (int64_t n = 0; k < lanes && n < p_.states; n += L) {
