@@ -74,7 +74,7 @@ def _run(function: Callable[..., Tensor], tensors: list[Tensor], backward: bool)
 
 
 def _flops(tokens: int, value_heads: int, channels: int) -> float:
-    """Of a forward: three products with the state, four triangles, half a chunk and half a strip of 16."""
+    """Of a forward: three products with the state; four triangles, half a chunk and half a strip."""
     inside = 4 * (CHUNK + 16) / 2
     return 2.0 * tokens * value_heads * channels * (3 * channels + inside)
 

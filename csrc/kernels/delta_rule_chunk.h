@@ -196,8 +196,11 @@ class DeltaChunk {
     const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
     for (int64_t t = 0; t < n; ++t) {
       for (int64_t i = 0; i < t / kStrip * kStrip + kStrip; i += L) {
+        const auto index = lane + T(i);
         Vec<T> v = load(h + t * C + i) * load(x.beta + i);
-        if (i <= t && t < i + L) v = select<T>(lane + T(i) == T(t), broadcast(T(1)), v);
+        if (i + L > t) {  // a zero times what is to come need not be one
+          v = select<T>(index < T(t), v, select<T>(index == T(t), broadcast(T(1)), Vec<T>{}));
+        }
         store(out + t * C + i, kTimesBeta ? v * x.beta[t] : v);
       }
     }

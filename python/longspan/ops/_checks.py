@@ -82,7 +82,7 @@ def check_integers(function: str, name: str, x: object, shape: Sequence[int | No
 
 
 def check_sequences(function: str, cu_seqlens: object, name: str, batch: int) -> int:
-    """Raise unless ``cu_seqlens`` can cut tensors like ``name``'s. -> how many sequences; None: a row each."""
+    """Raise unless ``cu_seqlens`` can cut ``name``, of this batch. -> sequences; None: a row each."""
     if cu_seqlens is None:
         return batch
     check_integers(function, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")

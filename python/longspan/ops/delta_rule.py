@@ -68,8 +68,8 @@ def delta_rule(
             h // (HV / H).
         beta: (B, HV, T), in q's dtype or float32: how far a token moves the state; above 1 for negative
             eigenvalues.
-        gate: (B, HV, T), likewise: logarithms of decays, at most 0 for states that stay bounded. ``-inf``
-            resets. None is no decay.
+        gate: (B, HV, T), likewise: logarithms of decays, at most 0 for states that stay bounded.
+            ``-inf`` resets. None is no decay.
         scale: Of q; None is K**-0.5.
         initial_state: (B, HV, K, V), or (S, HV, K, V) for the S sequences of ``cu_seqlens``; None is
             zeros. Differentiable.

@@ -23,7 +23,7 @@ def test_step_by_step_equals_the_whole(isa: str, dtype: torch.dtype, gate: bool)
         given = to(dtype, tensors(*shape, gate=gate))
         exact = to(torch.float64, given)
         sums = torch.float64 if dtype == torch.float64 else torch.float32
-        state = given["initial_state"].to(sums)
+        state = given["initial_state"].to(sums, copy=True)
         outs = [longspan.delta_rule_step(**at(t, given), state=state) for t in range(shape[1])]
         out = torch.stack(outs, dim=2)
         assert out.dtype == dtype
