@@ -3,8 +3,10 @@
 //     y = S^T k, z = S^T q      u = beta (v - exp(gate) y)
 //     S = exp(gate) S + k u^T   out = scale (exp(gate) z + (q . k) u)
 //
-// A block of value channels at a time, few enough to still be in the first cache when they are written:
-// value channels along the lanes, row after row of S, with the sums in registers.
+// Value channels along the lanes, row after row of S, with the sums in registers; then the same rows once
+// more, from the cache. The processor reads ahead by itself as long as rows are read in order, so asking
+// for memory only bridges the writing: for the next state a little, where one fits into the first cache,
+// for what comes soon where it does not. Asking for all of it, or a task's states too few, is slower.
 
 #include "kernels/delta_rule.h"
 #include "kernels/parallel.h"
@@ -16,11 +18,14 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 18;  // of states; a task is not worth handing out below
+constexpr int64_t kTasks = 16;           // as many are enough
+constexpr int64_t kFirstCache = 1 << 15;
+constexpr int64_t kAhead = 4096;  // bytes of a larger state to ask for early
 
 template <class T>
 class Step {
   static constexpr int L = kLanes<T>;
-  static constexpr int kMost = kTileColumns;  ///< vectors of each sum in registers
+  static constexpr int kMost = 2 * kTileColumns;  ///< vectors of each sum in registers
 
  public:
   explicit Step(const DeltaRuleStep& p)
@@ -30,7 +35,8 @@ class Step {
     const int64_t states = p_.batch * p_.value_heads;
     if (states == 0) return;
     const int64_t bytes = max_of<int64_t>(1, p_.key_channels * p_.value_channels * int64_t(sizeof(T)));
-    const int64_t a_task = max_of<int64_t>(1, kTaskBytes / bytes), tasks = ceil_div(states, a_task);
+    const int64_t a_task = max_of(ceil_div(kTaskBytes, bytes), states / kTasks);
+    const int64_t tasks = ceil_div(states, a_task);
     const int threads = threads_for(tasks, p_.threads);
     const int64_t space = 2 * key_width_ + 2 * value_width_;
     Scratch scratch(threads * space * int64_t(sizeof(T)));
@@ -64,28 +70,32 @@ class Step {
     x.qk = sum_of_lanes<T>(sum);
     T* state = static_cast<T*>(p_.state) + batch * p_.state_batch + head * p_.state_head;
     const int64_t whole = p_.value_channels / L * L;
-    all_columns<kMost>(state, 0, whole, x);
+    if (p_.key_channels * p_.state_row * int64_t(sizeof(T)) <= kFirstCache) {
+      all_columns<true, kMost>(state, 0, whole, x);
+    } else {
+      all_columns<false, kMost>(state, 0, whole, x);
+    }
     if (whole < p_.value_channels) last_columns(state, whole, x);
     const T scale = T(p_.scale);
     store_rows<T>(x.out, value_width_, 1, p_.value_channels, &scale,
                   rows_of(p_.out, p_.dtype, batch, head, 0));
   }
 
-  template <int kVectors>
+  template <bool kFits, int kVectors>
   LS_INLINE void all_columns(T* state, int64_t c, int64_t end, const Token& x) const {
-    for (; c + kVectors * L <= end; c += kVectors * L) columns<kVectors>(state, c, x);
-    if constexpr (kVectors > 1) all_columns<kVectors / 2>(state, c, end, x);
+    for (; c + kVectors * L <= end; c += kVectors * L) columns<kFits, kVectors>(state, c, x);
+    if constexpr (kVectors > 1) all_columns<kFits, kVectors / 2>(state, c, end, x);
   }
 
-  template <int kVectors>
+  template <bool kFits, int kVectors>
   LS_INLINE void columns(T* state, int64_t c, const Token& x) const {
     Vec<T> y[kVectors] = {}, z[kVectors] = {};
     T* row = state + c;
-    // What comes next in memory, where states are dense, is asked for while this is worked on.
-    const int64_t ahead = p_.key_channels * p_.state_row;
+    const int64_t next = p_.key_channels * p_.state_row;  // where states are dense
     for (int64_t i = 0; i < p_.key_channels; ++i, row += p_.state_row) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
+        if (!kFits) __builtin_prefetch(reinterpret_cast<char*>(row + j * L) + kAhead, 1, 2);
         const Vec<T> s = load(row + j * L);
         y[j] += s * x.k[i];
         z[j] += s * x.q[i];
@@ -100,7 +110,7 @@ class Step {
     for (int64_t i = 0; i < p_.key_channels; ++i, row += p_.state_row) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(row + ahead + j * L, 1, 2);
+        if (kFits && i % 8 == 0) __builtin_prefetch(row + next + j * L, 1, 2);
         store(row + j * L, x.decay * load(row + j * L) + y[j] * x.k[i]);
       }
     }
