@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/conv.h"
+#include "kernels/delta_rule.h"
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
@@ -21,6 +22,9 @@
   X(conv_forward)               \
   X(conv_backward)              \
   X(conv_update)                \
+  X(delta_rule_forward)         \
+  X(delta_rule_backward)        \
+  X(delta_rule_step)            \
   X(linear_attention_forward)   \
   X(linear_attention_backward)  \
   X(linear_attention_step)      \
