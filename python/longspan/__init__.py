@@ -44,6 +44,12 @@ from longspan.ops.attention import (
 )
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.favor import (
+    favor_features,
+    favor_projection,
+    performer_attention,
+    performer_attention_step,
+)
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.rotary import apply_rotary
@@ -61,6 +67,8 @@ __all__ = [
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
+    "favor_features",
+    "favor_projection",
     "isa",
     "linear_attention",
     "linear_attention_step",
@@ -68,6 +76,8 @@ __all__ = [
     "models",
     "nn",
     "patterns",
+    "performer_attention",
+    "performer_attention_step",
     "rms_norm_gated",
     "rope",
     "selective_scan",

@@ -8,6 +8,12 @@ from longspan.ops.attention import (
 )
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.favor import (
+    favor_features,
+    favor_projection,
+    performer_attention,
+    performer_attention_step,
+)
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.rotary import apply_rotary
@@ -22,9 +28,13 @@ __all__ = [
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
+    "favor_features",
+    "favor_projection",
     "linear_attention",
     "linear_attention_step",
     "merge_attention",
+    "performer_attention",
+    "performer_attention_step",
     "rms_norm_gated",
     "selective_scan",
     "selective_state_update",
