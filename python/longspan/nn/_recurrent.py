@@ -315,6 +315,11 @@ class RecurrentMixer(nn.Module):
                 hidden_states, key_mask, initial_state, return_final_state, cache
             )
         state = initial_state if cache is None else cache
+        if state is not None and not isinstance(state, RecurrentState):
+            raise TypeError(
+                f"{name}: {'initial_state' if cache is None else 'cache'}: expected a RecurrentState, "
+                f"got {type(state).__name__}"
+            )
         rows = Rows(hidden_states, cu_seqlens, None if state is None else state.tokens)
         if state is not None:
             self._check_state("initial_state" if cache is None else "cache", state, rows.sequences)
@@ -421,8 +426,6 @@ class RecurrentMixer(nn.Module):
 
     def _check_state(self, label: str, state: RecurrentState, sequences: int) -> None:
         name = type(self).__name__
-        if not isinstance(state, RecurrentState):
-            raise TypeError(f"{name}: {label}: expected a RecurrentState, got {type(state).__name__}")
         shapes = [(sequences, *shape) for shape in self._memory_shapes()]
         got = [tuple(x.shape) for x in state.memory]
         if got != shapes or bool(state.conv) != (self.q_conv1d is not None):

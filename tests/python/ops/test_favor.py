@@ -130,7 +130,7 @@ def test_attention_approaches_softmax() -> None:
             )
             errors.append(float((estimated - exact).square().mean().sqrt() / exact.std()))
         assert errors[0] > 3 * errors[1] > 9 * errors[2]
-        assert errors[2] < 0.02
+        assert errors[2] < 0.03
 
 
 # ---- the projection
