@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/conv.h"
+#include "kernels/favor.h"
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
@@ -21,6 +22,9 @@
   X(conv_forward)               \
   X(conv_backward)              \
   X(conv_update)                \
+  X(favor_forward)              \
+  X(favor_exp_rows)             \
+  X(favor_backward)             \
   X(linear_attention_forward)   \
   X(linear_attention_backward)  \
   X(linear_attention_step)      \

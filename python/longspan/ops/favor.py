@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.ops._autograd import overload, register_not_differentiable
 from longspan.ops._checks import (
     check_device,
     check_floating,
@@ -15,6 +16,12 @@ from longspan.ops._checks import (
     check_shape,
     sum_dtype,
 )
+
+_forward = overload("favor_forward")
+_exp_rows = overload("favor_exp_rows")
+_backward = overload("favor_backward")
+
+_PADDING = 16  # kFavorPadding in csrc/kernels/favor.h
 
 Kind = str | Callable[[Tensor], Tensor]
 
@@ -203,6 +210,9 @@ class _Exponentials(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """-> features (B, H, T, m) in ``dtype``, shift (B, H, T or 1) in x's."""
         half = _half_norm(x)
+        if _has_kernels(x, projection):
+            y, shift = _exponentials(x, half, projection, eps, how, initial_max, packed)
+            return y.to(dtype), shift
         y = x @ projection.transpose(-1, -2)
         shift = _shift(y.amax(-1) - half, how, initial_max, packed)
         y.sub_((half + shift + 0.5 * math.log(projection.shape[-2]))[..., None]).exp_()
@@ -220,6 +230,11 @@ class _Exponentials(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, projection, features = ctx.saved_tensors
+        if _has_kernels(x, projection) and not ctx.needs_input_grad[1] and not torch.is_grad_enabled():
+            wide = _padded(projection, 0, x.shape[-1])
+            rows = (y.reshape(-1, y.shape[-1]) for y in (gradients[0], features, x))
+            dx = _backward(*rows, wide, ctx.eps).view(x.shape)
+            return dx, None, None, None, None, None, None
         dy = gradients[0].to(x.dtype)
         dy = dy * features - ctx.eps * dy if ctx.eps else dy * features
         dx = d_projection = None
@@ -228,6 +243,44 @@ class _Exponentials(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_projection = (dy.transpose(-1, -2) @ x).sum_to_size(projection.shape)
         return dx, d_projection, None, None, None, None, None
+
+
+def _has_kernels(x: Tensor, projection: Tensor) -> bool:
+    """For one projection, where nothing else traces or transforms what is computed."""
+    return (
+        x.device.type == "cpu"
+        and projection.dim() == 2
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _exponentials(
+    x: Tensor,
+    half: Tensor,
+    projection: Tensor,
+    eps: float,
+    how: str,
+    initial_max: Tensor | None,
+    packed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`_Exponentials.forward` by kernels: a query's features in one go, a key's in two."""
+    features, own = projection.shape[0], how == "token"
+    directions = _padded(projection, features, 0).t().contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y, top = _forward(rows, directions, features, own, eps)
+    top = top.view(x.shape[:-1])
+    shift = _shift(top, how, initial_max, packed)
+    if not own:
+        _exp_rows(y, (half + shift + 0.5 * math.log(features)).flatten(), eps)
+    return y.view(*x.shape[:-1], features), shift
+
+
+def _padded(projection: Tensor, rows: int, columns: int) -> Tensor:
+    """With zeros after its rows, or columns, up to what kernels read."""
+    return torch.nn.functional.pad(
+        projection, (0, -columns % _PADDING, 0, -rows % _PADDING)
+    ).contiguous()
 
 
 def compute_features(
@@ -357,3 +410,27 @@ def check_options(
     if not eps >= 0:
         raise ValueError(f"{name}: eps: expected 0 or more, got {eps}")
     return eps
+
+
+# ---- fakes
+
+
+@torch.library.register_fake("longspan::favor_forward")
+def _(
+    x: Tensor, directions_t: Tensor, features: int, own_maximum: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], features), x.new_empty(x.shape[0])
+
+
+@torch.library.register_fake("longspan::favor_exp_rows")
+def _(y: Tensor, offset: Tensor, eps: float) -> None:
+    return None
+
+
+@torch.library.register_fake("longspan::favor_backward")
+def _(d_y: Tensor, y: Tensor, x: Tensor, directions: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+for _name in ("favor_forward", "favor_exp_rows", "favor_backward"):
+    register_not_differentiable(_name, "it is a part of favor_features, which has the gradient")
