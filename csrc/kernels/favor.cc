@@ -36,10 +36,9 @@ class Favor {
       T* top = static_cast<T*>(p_.top) + first;
       for (int64_t r = 0; r < count; ++r) {
         const T* row = tile + r * tile_width_;
-        const T half = half_norm(x(first + r)), most = row_maximum(row);
-        top[r] = most - half;
+        top[r] = row_maximum(row);
         if (p_.own_maximum) {
-          exponentials(row, p_.y, (first + r) * p_.features, most + T(p_.log_count / 2));
+          exponentials(row, p_.y, (first + r) * p_.features, top[r] + T(p_.log_count / 2));
         } else {
           copy(row, (first + r) * p_.features);
         }
@@ -91,15 +90,6 @@ class Favor {
       const int64_t first = task * kRows;
       body(first, min_of(kRows, p_.rows - first), reinterpret_cast<T*>(scratch.at(bytes * thread)));
     });
-  }
-
-  LS_INLINE T half_norm(const T* row) const {
-    Vec<T> squares = {};
-    for (int64_t c = 0; c < p_.channels; c += L) {
-      const Vec<T> v = get(row + c, p_.channels - c);
-      squares += v * v;
-    }
-    return sum_of_lanes<T>(squares) / 2;
   }
 
   /// Of a row's features; there is at least one, and NaN stays.

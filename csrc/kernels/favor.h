@@ -1,8 +1,8 @@
 // FAVOR+'s positive features: exponentials of a product, forward and backward, without the passes over
 // memory between.
 //
-//   forward    y[r][i] = sum over c of x[r][c] W[i][c],   top[r] = max over i of y[r][i] - |x[r]|^2 / 2
-//              and with own_maximum  y = exp(y - |x|^2 / 2 - top - log_count / 2) + eps
+//   forward    y[r][i] = sum over c of x[r][c] W[i][c],   top[r] = max over i of y[r][i],
+//              and with own_maximum  y = exp(y - top - log_count / 2) + eps
 //   exp_rows   y[r][i] = exp(y[r][i] - offset[r]) + eps,  in place: where the maximum is more rows'
 //   backward   with e = d_y (y - eps):  dx[r] = sum over i of e[r][i] W[i] - x[r] * sum over i of e[r][i]
 //

@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
       "Tensor? cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");
-  // x (R, D), directions_t (D, m rounded up to 16). -> y (R, m), and of each row the greatest exponent:
-  // features of that maximum where own_maximum, else products, for favor_exp_rows to finish
+  // x (R, D), directions_t (D, m rounded up to 16). -> y (R, m), and the maximum of each row of
+  // products: features, stabilised by it, where own_maximum, else the products for favor_exp_rows
   m.def(
       "favor_forward(Tensor x, Tensor directions_t, int features, bool own_maximum, float eps) "
       "-> (Tensor, Tensor)");

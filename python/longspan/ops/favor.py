@@ -209,15 +209,28 @@ class _Exponentials(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """-> features (B, H, T, m) in ``dtype``, shift (B, H, T or 1) in x's."""
+        features, own, kernels = projection.shape[-2], how == "token", _has_kernels(x, projection)
+        if kernels:
+            directions = _padded(projection, features, 0).t().contiguous()
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            y, most = (
+                y.view(*x.shape[:3], *y.shape[1:])
+                for y in _forward(rows, directions, features, own, eps)
+            )
+        else:
+            y = x @ projection.transpose(-1, -2)
+            most = y.amax(-1)
         half = _half_norm(x)
-        if _has_kernels(x, projection):
-            y, shift = _exponentials(x, half, projection, eps, how, initial_max, packed)
+        shift = _shift(most - half, how, initial_max, packed)
+        if kernels and own:  # which is done
             return y.to(dtype), shift
-        y = x @ projection.transpose(-1, -2)
-        shift = _shift(y.amax(-1) - half, how, initial_max, packed)
-        y.sub_((half + shift + 0.5 * math.log(projection.shape[-2]))[..., None]).exp_()
-        if eps:
-            y.add_(eps)
+        # The shift is no less than most - half, but where half is huge rounding may make it so.
+        offset = half if how == "none" else torch.maximum(half + shift, most)
+        offset = offset + 0.5 * math.log(features)
+        if kernels:
+            _exp_rows(y.view(-1, features), offset.flatten(), eps)
+        else:
+            y.sub_(offset[..., None]).exp_().add_(eps)
         return y.to(dtype), shift
 
     @staticmethod
@@ -253,27 +266,6 @@ def _has_kernels(x: Tensor, projection: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
-
-
-def _exponentials(
-    x: Tensor,
-    half: Tensor,
-    projection: Tensor,
-    eps: float,
-    how: str,
-    initial_max: Tensor | None,
-    packed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`_Exponentials.forward` by kernels: a query's features in one go, a key's in two."""
-    features, own = projection.shape[0], how == "token"
-    directions = _padded(projection, features, 0).t().contiguous()
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y, top = _forward(rows, directions, features, own, eps)
-    top = top.view(x.shape[:-1])
-    shift = _shift(top, how, initial_max, packed)
-    if not own:
-        _exp_rows(y, (half + shift + 0.5 * math.log(features)).flatten(), eps)
-    return y.view(*x.shape[:-1], features), shift
 
 
 def _padded(projection: Tensor, rows: int, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ from checks import (
     results,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 import longspan
 from longspan.reference import favor as reference
@@ -317,3 +318,80 @@ def test_wrong_arguments_are_named() -> None:
     ):
         call = {"features": 8, "channels": 4} | options
         assert_raises(ValueError, parts, lambda call=call: longspan.favor_projection(**call))
+
+
+# ---- the kernels
+
+
+@pytest.mark.parametrize(("features", "dim"), [(1, 1), (7, 5), (16, 16), (17, 8), (40, 64), (255, 40)])
+@pytest.mark.parametrize("tokens", [1, 2, 47, 48, 49, 129])
+def test_sizes_around_the_tiles(tokens: int, features: int, dim: int) -> None:
+    given = {"x": torch.randn(1, 2, tokens, dim, dtype=torch.float64)}
+    W = torch.randn(features, dim, dtype=torch.float64)
+
+    def plain(x: Tensor) -> Tensor:
+        phi = reference.favor_features(x, W)
+        return phi / phi.detach().amax(-1, keepdim=True) / features**0.5
+
+    def ours(x: Tensor) -> Tensor:
+        return longspan.favor_features(x, W, is_query=True, eps=0.0)
+
+    assert_agree(results(ours, given), results(plain, given))
+    single = {"x": given["x"].float()}
+    assert_agree(results(ours, single), results(plain, single))
+
+
+def test_every_instruction_set(isa: str) -> None:
+    given = {"x": torch.randn(2, 3, 65, 24), "projection": torch.randn(37, 24)}
+
+    def plain(x: Tensor, projection: Tensor) -> Tensor:
+        return reference.favor_features(x, projection)
+
+    ours = features_of("positive", eps=0.0, stabilize=False)
+    found = results(lambda x: ours(x, given["projection"]), {"x": given["x"]})
+    want = results(lambda x: plain(x, given["projection"].double()), {"x": given["x"].double()})
+    for name, value in want.items():
+        assert_close(found[name], value.float(), rtol=2e-5, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = {n: x.to(dtype) for n, x in given.items()}
+        assert_error_ratio(ours, plain, half, dtype)
+
+
+def test_opcheck() -> None:
+    ops = torch.ops.longspan
+    x, y, offset = torch.randn(50, 8), torch.randn(50, 20), torch.randn(50)
+    for own in (False, True):
+        torch.library.opcheck(ops.favor_forward, (x, torch.randn(8, 32), 20, own, 1e-3))
+    torch.library.opcheck(ops.favor_exp_rows, (y, offset, 1e-3))
+    torch.library.opcheck(ops.favor_backward, (y, y.abs(), x, torch.randn(20, 16), 1e-3))
+    with pytest.raises(RuntimeError, match="favor_features"):
+        ops.favor_forward(x.requires_grad_(), torch.randn(8, 32), 20, True, 0.0)
+    for call in (
+        lambda: ops.favor_forward(x.detach(), torch.randn(8, 20), 20, True, 0.0),
+        lambda: ops.favor_exp_rows(y, offset[:49], 0.0),
+        lambda: ops.favor_backward(y, y[:, :19], x.detach(), torch.randn(20, 16), 0.0),
+    ):
+        with pytest.raises(RuntimeError, match="favor"):
+            call()
+
+
+def test_a_token_that_is_no_number_stays_alone() -> None:
+    x, W = torch.randn(1, 2, 60, 8), torch.randn(16, 8)
+    before = longspan.favor_features(x, W, is_query=True)
+    x[0, 1, 33] = torch.nan
+    after = longspan.favor_features(x, W, is_query=True)
+    assert bool(after[0, 1, 33].isnan().all())
+    rest = torch.ones(1, 2, 60, dtype=torch.bool)
+    rest[0, 1, 33] = False
+    assert torch.equal(after[rest], before[rest])
+
+
+def test_huge_and_tiny_vectors_stay_finite() -> None:
+    W = longspan.favor_projection(64, 8)
+    for size in (1e-20, 1e3, 1e6):
+        for query in (True, False):
+            x = (size * torch.randn(1, 2, 40, 8)).requires_grad_()
+            phi = longspan.favor_features(x, W, is_query=query)
+            assert bool(phi.isfinite().all())
+            assert float(phi.detach().max()) == pytest.approx(64**-0.5, rel=1e-3)
+            assert bool(torch.autograd.grad(phi.sum(), x)[0].isfinite().all())
