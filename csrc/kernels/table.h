@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/conv.h"
+#include "kernels/delta_rule.h"
 #include "kernels/favor.h"
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
@@ -22,6 +23,9 @@
   X(conv_forward)               \
   X(conv_backward)              \
   X(conv_update)                \
+  X(delta_rule_forward)         \
+  X(delta_rule_backward)        \
+  X(delta_rule_step)            \
   X(favor_forward)              \
   X(favor_exp_rows)             \
   X(favor_backward)             \

@@ -199,6 +199,11 @@ struct Product {
     for (; n + kTileColumns * L <= columns; n += kTileColumns * L) {
       column<kTileColumns, kStart, kGuarded, kUnitDepth>(rows, n, depth);
     }
+    if constexpr (kTileColumns > 2) {
+      for (; n + 2 * L <= columns; n += 2 * L) {
+        column<2, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+      }
+    }
     for (; n < columns; n += L) column<1, kStart, kGuarded, kUnitDepth>(rows, n, depth);
   }
 

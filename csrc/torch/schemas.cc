@@ -118,6 +118,22 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? norm, "
       "Tensor? gate, float scale, float eps) -> Tensor");
+  // q, k (B, H, T, K), v (B, HV, T, V), beta, gate (B, HV, T), states (B, HV, K, V) or, of packed
+  // sequences, (S, HV, K, V). -> out, last state, states between spans (kernels/runs.h); empty where not
+  // asked for
+  m.def(
+      "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? gate, "
+      "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool return_final_state, bool keep) "
+      "-> (Tensor, Tensor, Tensor)");
+  // -> dq, dk, dv, d_beta, d_gate, d_initial_state (empty where there are none)
+  m.def(
+      "delta_rule_backward(Tensor d_out, Tensor? d_state, Tensor boundaries, Tensor q, Tensor k, "
+      "Tensor v, Tensor beta, Tensor? gate, Tensor? initial_state, Tensor? cu_seqlens, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // q, k (B, H, K), v (B, HV, V), beta, gate (B, HV). Writes state (B, HV, K, V)
+  m.def(
+      "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, Tensor? gate, "
+      "float scale) -> Tensor");
   // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
   // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
   // each chunk (chunks, N, D), of which there are none unless asked for

@@ -8,6 +8,7 @@ from longspan.ops.attention import (
 )
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.delta_rule import delta_rule, delta_rule_step
 from longspan.ops.favor import favor_features, favor_projection
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
@@ -24,6 +25,8 @@ __all__ = [
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
+    "delta_rule",
+    "delta_rule_step",
     "favor_features",
     "favor_projection",
     "linear_attention",

@@ -11,8 +11,8 @@ from longspan.ops._autograd import overload, register_not_differentiable
 from longspan.ops._checks import (
     check_device,
     check_floating,
-    check_integers,
     check_positive,
+    check_sequences,
     check_shape,
     sum_dtype,
 )
@@ -165,15 +165,7 @@ def favor_features(
     for label, given in (("initial_max", initial_max), ("cu_seqlens", cu_seqlens)):
         if given is not None and not causal:
             raise ValueError(f"{name}: {label}: expected None without causal")
-    sequences = x.shape[0]
-    if cu_seqlens is not None:
-        check_integers(name, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-        if x.shape[0] != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"{name}: cu_seqlens: expected 2 entries or more beside a batch of 1, got "
-                f"{len(cu_seqlens)} beside {x.shape[0]}"
-            )
-        sequences = len(cu_seqlens) - 1
+    sequences = check_sequences(name, cu_seqlens, "x", x.shape[0])
     if initial_max is not None:
         check_floating(name, "initial_max", initial_max)
         check_device(name, "initial_max", initial_max, "x", x)
