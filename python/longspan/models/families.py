@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from longspan.models.config import LanguageModelConfig
 from longspan.nn import (
     Attention,
+    DeltaNet,
+    GatedDeltaNet,
     GatedLinearAttention,
     LinearAttention,
     Mamba,
@@ -240,6 +242,8 @@ for _name, _layer in (
     ("performer", PerformerAttention),
     ("retention", MultiScaleRetention),
     ("gla", GatedLinearAttention),
+    ("delta_net", DeltaNet),
+    ("gated_delta_net", GatedDeltaNet),
 ):
     register_family(
         _name, Family(_make_recurrent(_layer), _mix_recurrent, output="o_proj", mlp_ratio=8 / 3)

@@ -2,6 +2,7 @@
 
 from longspan.nn._recurrent import RecurrentState
 from longspan.nn.attention import Attention, KVCache
+from longspan.nn.delta_net import DeltaNet, GatedDeltaNet
 from longspan.nn.gated_linear import GatedLinearAttention
 from longspan.nn.linear_attention import LinearAttention
 from longspan.nn.mamba import Mamba
@@ -19,6 +20,8 @@ from longspan.nn.sparse import (
 __all__ = [
     "Attention",
     "BigBirdSelfAttention",
+    "DeltaNet",
+    "GatedDeltaNet",
     "GatedLinearAttention",
     "KVCache",
     "LinearAttention",

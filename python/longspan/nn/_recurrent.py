@@ -134,6 +134,7 @@ class RecurrentMixer(nn.Module):
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    state_heads: int
     head_k_dim: int
     head_v_dim: int
     layer_idx: int | None
@@ -150,6 +151,7 @@ class RecurrentMixer(nn.Module):
         num_heads: int,
         num_kv_heads: int | None,
         conv: tuple[int, bool] | None,
+        num_v_heads: int | None = None,
         **kind: Any,
     ) -> None:
         """Make q_proj (to ``key_dim``), k_proj and v_proj (a share of it for H_kv heads), o_proj.
@@ -160,6 +162,8 @@ class RecurrentMixer(nn.Module):
             num_heads: H.
             num_kv_heads: H_kv; None is H.
             conv: Width and bias of the short convolutions after q_proj, k_proj and v_proj; None is none.
+            num_v_heads: Heads of values and of states where they are more than H; ``value_dim`` is of
+                all of them.
             kind: device and dtype.
         """
         name = type(self).__name__
@@ -174,23 +178,33 @@ class RecurrentMixer(nn.Module):
             raise ValueError(
                 f"{name}: num_kv_heads: expected a divisor of num_heads, {num_heads}, got {num_kv_heads}"
             )
-        for label, width in (("expand_k", key_dim), ("expand_v", value_dim)):
-            if width < 1 or abs(width - round(width)) > 1e-6 * width or round(width) % num_heads:
+        self.state_heads = num_heads if num_v_heads is None else num_v_heads
+        check_positive(name, "num_v_heads", self.state_heads)
+        if self.state_heads % num_heads:
+            raise ValueError(
+                f"{name}: num_v_heads: expected a multiple of num_heads, {num_heads}, got {num_v_heads}"
+            )
+        for label, width, heads in (
+            ("expand_k", key_dim, num_heads),
+            ("expand_v", value_dim, self.state_heads),
+        ):
+            if width < 1 or abs(width - round(width)) > 1e-6 * width or round(width) % heads:
                 raise ValueError(
-                    f"{name}: {label}: expected that times {hidden_size} channels to be a multiple of "
-                    f"num_heads, {num_heads}, got {width:g}"
+                    f"{name}: {label}: expected channels that are a multiple of the heads, {heads}, got "
+                    f"{width:g}"
                 )
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_k_dim, self.head_v_dim = round(key_dim) // num_heads, round(value_dim) // num_heads
+        self.head_k_dim = round(key_dim) // num_heads
+        self.head_v_dim = round(value_dim) // self.state_heads
         widths = (
             num_heads * self.head_k_dim,
             num_kv_heads * self.head_k_dim,
-            num_kv_heads * self.head_v_dim,
+            (num_kv_heads if num_v_heads is None else num_v_heads) * self.head_v_dim,
         )
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(hidden_size, width, bias=False, **kind) for width in widths
         )
-        self.o_proj = nn.Linear(num_heads * self.head_v_dim, hidden_size, bias=False, **kind)
+        self.o_proj = nn.Linear(round(value_dim), hidden_size, bias=False, **kind)
         self.conv_size = 0
         self.q_conv1d = self.k_conv1d = self.v_conv1d = None
         if conv is not None:
@@ -214,7 +228,7 @@ class RecurrentMixer(nn.Module):
 
     def _memory_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of one sequence."""
-        return ((self.num_heads, self.head_k_dim, self.head_v_dim),)
+        return ((self.state_heads, self.head_k_dim, self.head_v_dim),)
 
     def _mix(
         self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None

@@ -80,6 +80,8 @@ def finished(uninterrupted, tmp_path):
         ("performer", ["--mixer", "num_features=8", "--mixer", "redraw_interval=2"]),
         ("retention", ["--mixer", "num_heads=2"]),
         ("gla", ["--mixer", "use_short_conv=True"]),
+        ("delta_net", ["--mixer", "num_heads=2"]),
+        ("gated_delta_net", ["--mixer", "num_heads=2", "--mixer", "head_dim=8"]),
     ],
 )
 def test_files_and_words(model, options, text, tmp_path, capsys):
@@ -393,8 +395,12 @@ def test_what_cannot_be_resumed_is_left_alone(text, finished, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", ["mamba", "mamba2", "attention", "linear_attention", "performer", "retention", "gla"]
-)
+    "model",
+    [
+        "mamba", "mamba2", "attention", "linear_attention", "performer", "retention", "gla", "delta_net",
+        "gated_delta_net",
+    ],
+)  # fmt: skip
 def test_held_out_loss_falls_below_the_bigram_models(model, tmp_path):
     options = ["--model", model, "--width", "128", "--layers", "2", "--length", "512", "--steps", "150"]
     assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0

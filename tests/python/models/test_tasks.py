@@ -127,11 +127,11 @@ def test_two_layers_of_mamba_learn_it_at_length_256(task, lessons, lr):
     ("family", "mixer", "learnt"),
     [
         ("linear_attention", {"num_heads": 2}, False),
-        ("gla", {"num_heads": 2, "use_short_conv": True}, True),
+        ("delta_net", {"num_heads": 2}, True),
     ],
 )
 def test_who_learns_to_recall_sixteen_pairs(family, mixer, learnt):
-    """Plain linear attention does not; with gates, and convolutions that see a pair as one, it does."""
+    """Plain linear attention does not; the delta rule, with convolutions that see a pair as one, does."""
     task = partial(multi_query_recall, vocab_size=64, pairs=16)
     model = learn(
         task, [(800, 64)], 5e-3, batch=64, vocab_size=64, family=family, mixer=mixer, d_intermediate=0
