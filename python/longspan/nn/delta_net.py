@@ -161,10 +161,9 @@ class DeltaNet(_DeltaMixer):
     def _writing(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         if self.b_proj is not None:
             return self._strength(self.b_proj(rows.hidden)), None
-        beta = rows.hidden.new_full(
-            (*rows.hidden.shape[:2], self.num_heads), 1.0 + self.allow_neg_eigval
-        )
-        return beta.to(sum_dtype(beta)), None
+        shape = (*rows.hidden.shape[:2], self.num_heads)
+        whole = 2.0 if self.allow_neg_eigval else 1.0
+        return rows.hidden.new_full(shape, whole, dtype=sum_dtype(rows.hidden)), None
 
 
 class GatedDeltaNet(_DeltaMixer):

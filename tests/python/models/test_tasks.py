@@ -131,7 +131,7 @@ def test_two_layers_of_mamba_learn_it_at_length_256(task, lessons, lr):
     ],
 )
 def test_who_learns_to_recall_sixteen_pairs(family, mixer, learnt):
-    """Plain linear attention does not; the delta rule, with convolutions that see a pair as one, does."""
+    """Plain linear attention does not; DeltaNet, whose convolutions see a pair as one, does."""
     task = partial(multi_query_recall, vocab_size=64, pairs=16)
     model = learn(
         task, [(800, 64)], 5e-3, batch=64, vocab_size=64, family=family, mixer=mixer, d_intermediate=0

@@ -16,6 +16,8 @@ from torch.testing import assert_close
 
 import longspan
 from longspan.nn import (
+    DeltaNet,
+    GatedDeltaNet,
     GatedLinearAttention,
     LinearAttention,
     MultiScaleRetention,
@@ -45,6 +47,17 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "gla with convolutions": lambda **kind: GatedLinearAttention(
         SIZE, 1.0, 0.5, 4, use_short_conv=True, conv_bias=True, feature_map="relu",
         use_output_gate=False, elementwise_affine=False, clamp_min=-0.5, **kind,
+    ),
+    "delta net": lambda **kind: DeltaNet(SIZE, 0.5, 1.0, 4, use_gate=True, **kind),
+    "delta net without convolutions": lambda **kind: DeltaNet(
+        SIZE, num_heads=4, use_beta=False, use_short_conv=False, qk_activation="elu", qk_norm="sum",
+        **kind,
+    ),
+    "gated delta net": lambda **kind: GatedDeltaNet(
+        SIZE, 1.5, 8, 2, 4, conv_bias=True, allow_neg_eigval=True, **kind
+    ),
+    "gated delta net without convolutions": lambda **kind: GatedDeltaNet(
+        SIZE, 1.0, 8, 2, use_gate=False, use_short_conv=False, **kind
     ),
 }  # fmt: skip
 
@@ -153,6 +166,39 @@ def test_gla_is_the_papers_recurrence() -> None:
     out = torch.stack(outs, 1)
     norm = layer.g_norm_swish_gate
     out = rms(out, norm.weight) * F.silu(layer.g_proj(x)).unflatten(-1, (4, 8))
+    assert_close(layer(x), layer.o_proj(out.flatten(2)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_delta_net_is_the_papers_recurrence(gated: bool) -> None:
+    layer: Any
+    if gated:
+        layer = GatedDeltaNet(SIZE, 1.5, 8, 2, 4, allow_neg_eigval=True, dtype=torch.float64)
+    else:
+        layer = DeltaNet(SIZE, num_heads=4, use_gate=True, dtype=torch.float64)
+    x, count = hidden(), 2 if gated else 4
+
+    def convolved(name: str, count: int) -> Tensor:
+        y = getattr(layer, f"{name}_proj")(x).transpose(1, 2)
+        return heads(F.silu(getattr(layer, f"{name}_conv1d")(y)[..., :21]).transpose(1, 2), count)
+
+    q, k = (
+        y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        for y in (convolved("q", count), convolved("k", count))
+    )
+    q, k, v = q.repeat_interleave(4 // count, 1), k.repeat_interleave(4 // count, 1), convolved("v", 4)
+    beta, decay = layer.b_proj(x).sigmoid(), torch.ones(2, 21, 4, dtype=torch.float64)
+    if gated:
+        beta = 2 * beta
+        decay = (-layer.A_log.exp() * F.softplus(layer.a_proj(x) + layer.dt_bias)).exp()
+    S, outs = torch.zeros(2, 4, 8, v.shape[-1], dtype=torch.float64), []
+    for t in range(21):
+        S = decay[:, t, :, None, None] * S
+        error = v[:, :, t] - torch.einsum("bhk,bhkv->bhv", k[:, :, t], S)
+        S = S + k[:, :, t, :, None] * (beta[:, t, :, None] * error)[:, :, None]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], S) / 8**0.5)
+    out = rms(torch.stack(outs, 1), layer.o_norm.weight)
+    out = out * F.silu(layer.g_proj(x)).unflatten(-1, (4, -1))
     assert_close(layer(x), layer.o_proj(out.flatten(2)))
 
 
@@ -371,6 +417,25 @@ FLA = {  # the parameters of flash-linear-attention's layers, for hidden_size 32
             "k_conv1d.bias": (16,), "v_conv1d.weight": (32, 1, 4), "v_conv1d.bias": (32,),
         },
     ),
+    "delta net": (
+        lambda: DeltaNet(32, num_heads=4, use_gate=True),
+        {
+            "q_proj.weight": (32, 32), "k_proj.weight": (32, 32), "v_proj.weight": (32, 32),
+            "b_proj.weight": (4, 32), "g_proj.weight": (32, 32), "o_proj.weight": (32, 32),
+            "o_norm.weight": (8,), "q_conv1d.weight": (32, 1, 4), "k_conv1d.weight": (32, 1, 4),
+            "v_conv1d.weight": (32, 1, 4),
+        },
+    ),
+    "gated delta net": (
+        lambda: GatedDeltaNet(32, 2, 8, 2, 4),
+        {
+            "q_proj.weight": (16, 32), "k_proj.weight": (16, 32), "v_proj.weight": (64, 32),
+            "a_proj.weight": (4, 32), "b_proj.weight": (4, 32), "g_proj.weight": (64, 32),
+            "o_proj.weight": (32, 64), "o_norm.weight": (16,), "A_log": (4,), "dt_bias": (4,),
+            "q_conv1d.weight": (16, 1, 4), "k_conv1d.weight": (16, 1, 4),
+            "v_conv1d.weight": (64, 1, 4),
+        },
+    ),
     "gla without fusing": (
         lambda: GatedLinearAttention(32, num_heads=4, fuse_norm=False, gate_low_rank_dim=3),
         {
@@ -445,6 +510,11 @@ def test_wrong_arguments_are_named(layer: Any) -> None:
         (lambda: GatedLinearAttention(32, use_short_conv=True, conv_size=1), ["conv_size", "2"]),
         (lambda: GatedLinearAttention(32, gate_logit_normalizer=0), ["gate_logit", "above 0"]),
         (lambda: GatedLinearAttention(32, gate_low_rank_dim=0), ["gate_low_rank_dim", "1 or more"]),
+        (lambda: DeltaNet(32, qk_activation="tan"), ["qk_activation", "silu", "'tan'"]),
+        (lambda: DeltaNet(32, qk_norm="max"), ["qk_norm", "l2"]),
+        (lambda: GatedDeltaNet(32, head_dim=8, num_heads=2, num_v_heads=3), ["num_v_heads", "2", "3"]),
+        (lambda: GatedDeltaNet(32, 1.3, 8, 2), ["expand_v", "20.8"]),
+        (lambda: GatedDeltaNet(32, head_dim=0), ["head_dim", "1 or more"]),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_named(make: Callable[[], Any], parts: list[str]) -> None:
