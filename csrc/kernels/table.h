@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/delta_rule.h"
+#include "kernels/favor.h"
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
@@ -25,6 +26,9 @@
   X(delta_rule_forward)         \
   X(delta_rule_backward)        \
   X(delta_rule_step)            \
+  X(favor_forward)              \
+  X(favor_exp_rows)             \
+  X(favor_backward)             \
   X(linear_attention_forward)   \
   X(linear_attention_backward)  \
   X(linear_attention_step)      \

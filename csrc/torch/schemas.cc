@@ -56,6 +56,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
       "Tensor? cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");
+  // x (R, D), directions_t (D, m rounded up to 16). -> y (R, m), and the maximum of each row of
+  // products: features, stabilised by it, where own_maximum, else the products for favor_exp_rows
+  m.def(
+      "favor_forward(Tensor x, Tensor directions_t, int features, bool own_maximum, float eps) "
+      "-> (Tensor, Tensor)");
+  // Writes exp(y - offset) + eps into y (R, m), offset (R,)
+  m.def("favor_exp_rows(Tensor(a!) y, Tensor offset, float eps) -> ()");
+  // d_y, y (R, m), x (R, D), directions (m, D rounded up to 16). -> dx
+  m.def("favor_backward(Tensor d_y, Tensor y, Tensor x, Tensor directions, float eps) -> Tensor");
   // x, z (R, N). -> out, 1 / root mean square (R, N / group_size)
   m.def(
       "rms_norm_gated_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? z, float eps, "

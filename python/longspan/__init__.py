@@ -45,8 +45,10 @@ from longspan.ops.attention import (
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.delta_rule import delta_rule, delta_rule_step
+from longspan.ops.favor import favor_features, favor_projection
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.performer import performer_attention, performer_attention_step
 from longspan.ops.rotary import apply_rotary
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
@@ -64,6 +66,8 @@ __all__ = [
     "causal_conv1d_update",
     "delta_rule",
     "delta_rule_step",
+    "favor_features",
+    "favor_projection",
     "isa",
     "linear_attention",
     "linear_attention_step",
@@ -71,6 +75,8 @@ __all__ = [
     "models",
     "nn",
     "patterns",
+    "performer_attention",
+    "performer_attention_step",
     "rms_norm_gated",
     "rope",
     "selective_scan",

@@ -9,8 +9,10 @@ from longspan.ops.attention import (
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.delta_rule import delta_rule, delta_rule_step
+from longspan.ops.favor import favor_features, favor_projection
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.performer import performer_attention, performer_attention_step
 from longspan.ops.rotary import apply_rotary
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
@@ -25,9 +27,13 @@ __all__ = [
     "causal_conv1d_update",
     "delta_rule",
     "delta_rule_step",
+    "favor_features",
+    "favor_projection",
     "linear_attention",
     "linear_attention_step",
     "merge_attention",
+    "performer_attention",
+    "performer_attention_step",
     "rms_norm_gated",
     "selective_scan",
     "selective_state_update",
