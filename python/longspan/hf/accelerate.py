@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from longspan.hf.bigbird import bigbird_forward
+from longspan.hf.longformer import longformer_forward
 from longspan.hf.mamba import mamba_forward
 from longspan.hf.mamba2 import (
     falcon_h1_gated_norm_forward,
@@ -37,6 +39,10 @@ _FORWARDS: dict[str, Forward] = {
     "granitemoehybrid.GraniteMoeHybridRMSNormGated": gated_norm_forward,
     "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
     "zamba2.Zamba2RMSNormGated": gated_norm_forward,
+    "longformer.LongformerSelfAttention": longformer_forward,
+    "led.LEDEncoderSelfAttention": longformer_forward,
+    "big_bird.BigBirdBlockSparseAttention": bigbird_forward,
+    "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": bigbird_forward,
 }
 
 # Where a module's own forward may lie: accelerate's hooks (device maps) move it to the second.

@@ -299,7 +299,8 @@ def operator_arguments(mask: BlockMask, requires_grad: bool) -> tuple[Any, ...]:
     tensors = [x.float().requires_grad_(requires_grad) for x in inputs(mask).values()]
     return (
         *tensors, mask.row_begins, mask.columns, mask.row_patterns, mask.column_begins, mask.rows,
-        mask.column_patterns, mask.bits, torch.rand(4), torch.tensor([7]), mask.batch, mask.heads, 0.25, 2.0, 0.3,
+        mask.column_patterns, mask.bits, torch.rand(4), torch.tensor([7]), mask.batch, mask.heads,
+        0.25, 2.0, 0.3,
     )  # fmt: skip
 
 
@@ -414,6 +415,7 @@ def attend(mask: Any = None, **change: Any):
             attend(BlockMask.from_dense(some(5, 1, 100, 100))),
         ),
         (ValueError, ["softcap", "-1"], attend(softcap=-1.0)),
+        (ValueError, ["dropout_p", "1.5"], attend(dropout_p=1.5)),
         (ValueError, ["alibi_slopes", "(3,)"], attend(alibi_slopes=torch.rand(3))),
         (TypeError, ["alibi_slopes", "int"], attend(alibi_slopes=torch.ones(4, dtype=torch.int64))),
     ],
