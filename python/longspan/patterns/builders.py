@@ -228,6 +228,13 @@ def of_blocks(
     return BlockMask(grid, rectangles(grid, which, *edges), heads=heads)
 
 
+def rectangle(T: int, queries: tuple[int, int], keys: tuple[int, int]) -> BlockMask:
+    """Queries from begin to end see keys from begin to end, and the others nothing."""
+    grid = _grid("rectangle", T, T, 1, 64)
+    edges = (torch.tensor([x]) for x in (*queries, *keys))
+    return BlockMask(grid, rectangles(grid, torch.zeros(1, dtype=torch.int64), *edges))
+
+
 def sparse_transformer(
     T: int,
     *,
