@@ -75,16 +75,27 @@ def bigbird_forward(
         type(layer), tokens, block, layer.num_random_blocks, heads, layer.max_seqlen, layer.seed or 0,
     )  # fmt: skip
     if not hf_compat:
-        out = block_sparse_attention(q, k, v, cached_mask(_set, plan, True, key_mask=key_mask))
+        ((mask, _),) = _masks(plan, True, False, key_mask)
+        out = block_sparse_attention(q, k, v, mask)
     else:
-        masks = [cached_mask(_set, plan, layer.training, key_mask=key_mask)]
-        counts = _counts(plan, layer.training)
-        masks += [cached_mask(_named, plan, layer.training, n, key_mask=key_mask) for n in counts]
-        parts = [block_sparse_attention(q, k, v, mask, return_lse=True) for mask in masks]
-        weights = [0.0, *(math.log(n - 1) for n in counts)]
-        lses = [lse + weight for (_, lse), weight in zip(parts, weights)]
-        out, _ = merge_attention([part for part, _ in parts], lses)
+        outs, lses = [], []
+        for mask, weight in _masks(plan, layer.training, True, key_mask):
+            part, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
+            outs.append(part)
+            lses.append(lse + weight)
+        out, _ = merge_attention(outs, lses)
     return without_padding(merge_heads(out), key_mask), None
+
+
+@torch.compiler.disable  # made of values and by numpy: not for dynamo to look into
+def _masks(
+    plan: _Plan, random: bool, multiset: bool, key_mask: Tensor | None
+) -> list[tuple[BlockMask, float]]:
+    """The set and, for the multiset, what it names repeatedly, with the logarithm of its weight."""
+    masks = [(cached_mask(_set, plan, random, key_mask=key_mask), 0.0)]
+    for n in _counts(plan, random) if multiset else ():
+        masks.append((cached_mask(_named, plan, random, n, key_mask=key_mask), math.log(n - 1)))
+    return masks
 
 
 def _captures_weights() -> bool:

@@ -6,9 +6,12 @@ layers of one window; the global tokens' rows are attention of their own.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from longspan.nn._sparse import longformer_attention, without_padding
+from longspan.nn._sparse import longformer_attention, longformer_mask, without_padding
+
+_mask = torch.compiler.disable(longformer_mask)  # made of values: not for dynamo to look into
 
 
 def longformer_forward(
@@ -38,11 +41,12 @@ def longformer_forward(
     key_mask = None
     if is_index_masked is not None and bool(is_index_masked.any()):
         key_mask = ~is_index_masked
+    window = 2 * layer.one_sided_attn_window_size
     out = longformer_attention(
         layer,
         without_padding(hidden_states, key_mask),
         layer.num_heads,
-        2 * layer.one_sided_attn_window_size,
+        _mask(hidden_states.shape[1], window, is_index_global_attn, key_mask),
         is_global=is_index_global_attn,
         key_mask=key_mask,
         dropout_p=layer.dropout if layer.training else 0.0,

@@ -72,6 +72,22 @@ def longformer_by_row(
     return each[0] if len(each) == 1 else BlockMask.stack(each)
 
 
+def longformer_mask(
+    tokens: int,
+    window: int,
+    is_global: Tensor | None,
+    key_mask: Tensor | None,
+    dilation: int = 1,
+    causal: bool = False,
+) -> BlockMask:
+    """`longformer_by_row` from the flags (B, T) of a call."""
+    if is_global is not None and key_mask is not None:
+        is_global = is_global & key_mask
+    where = None if is_global is None or not bool(is_global.any()) else flags(is_global)
+    options = (tokens, window, dilation, causal, where)
+    return cached_mask(longformer_by_row, *options, key_mask=key_mask)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D), a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -91,11 +107,10 @@ def longformer_attention(
     layer: Any,
     x: Tensor,
     heads: int,
-    window: int,
+    mask: BlockMask,
     *,
     is_global: Tensor | None = None,
     key_mask: Tensor | None = None,
-    dilation: int = 1,
     causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -105,10 +120,10 @@ def longformer_attention(
         layer: Has query, key, value, query_global, key_global and value_global.
         x: (B, T, C), 0 in padding.
         heads: H.
-        window: Total width, even.
+        mask: `longformer_mask`'s, of the same flags.
         is_global: (B, T) bool; padding is never global.
         key_mask: (B, T) bool, False for padding; None where there is none.
-        dilation, causal: Of the window.
+        causal: Whether global tokens see no later ones.
         dropout_p: Of the weights.
 
     Returns:
@@ -116,16 +131,10 @@ def longformer_attention(
     """
     if is_global is not None and key_mask is not None:
         is_global = is_global & key_mask
-    if is_global is not None and not bool(is_global.any()):
-        is_global = None
-    mask = cached_mask(
-        longformer_by_row, x.shape[1], window, dilation, causal,
-        None if is_global is None else flags(is_global), key_mask=key_mask,
-    )  # fmt: skip
     q, k, v = (split_heads(p(x), heads) for p in (layer.query, layer.key, layer.value))
     out = merge_heads(block_sparse_attention(q, k, v, mask, dropout_p=dropout_p))
     out = without_padding(out, key_mask)
-    if is_global is None:
+    if is_global is None or not bool(is_global.any()):
         return out
     count = is_global.sum(1)
     most = int(count.max())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from longspan.nn._sparse import (
     cached_mask,
     longformer_attention,
+    longformer_mask,
     merge_heads,
     split_heads,
     without_padding,
@@ -132,14 +133,15 @@ class LongformerSelfAttention(_SelfAttention):
         x = self._check(x, key_mask)
         if global_mask is not None:
             self._check_bool("global_mask", global_mask, x)
+        options = (self.dilation, self.causal)
+        mask = longformer_mask(x.shape[1], self.attention_window, global_mask, key_mask, *options)
         return longformer_attention(
             self,
             x,
             self.num_heads,
-            self.attention_window,
+            mask,
             is_global=global_mask,
             key_mask=key_mask,
-            dilation=self.dilation,
             causal=self.causal,
         )
 

@@ -164,6 +164,16 @@ def test_short_texts_go_over_to_full_attention():
     torch.testing.assert_close(model(**long).last_hidden_state, expected)
 
 
+def test_compiled(fresh_compiler):
+    """In pieces: masks follow from values, and dynamo does not look into how they are made."""
+    model, kwargs = make("BigBirdModel").train(), inputs("BigBirdModel", LENGTH, PADDED)
+    longspan.hf.accelerate(model)
+    expected, expected_grads = run(model, **kwargs)
+    found, grads = run(torch.compile(model, backend="aot_eager"), **kwargs)
+    torch.testing.assert_close(found["last_hidden_state"], expected["last_hidden_state"], **CLOSE)
+    assert_gradients_agree({n.removeprefix("_orig_mod."): g for n, g in grads.items()}, expected_grads)
+
+
 def test_gradient_checkpointing():
     model, kwargs = make("BigBirdModel").train(), inputs("BigBirdModel", LENGTH, PADDED)
     longspan.hf.accelerate(model)

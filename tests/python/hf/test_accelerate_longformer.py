@@ -190,6 +190,17 @@ def test_dropout_in_training_alone():
     assert (mean - exact)[:, 0].abs().mean() < 2 * (first - exact)[:, 0].std() / 400**0.5
 
 
+def test_compiled(fresh_compiler):
+    """In pieces: masks follow from values, and dynamo does not look into how they are made."""
+    model, kwargs = make("LongformerModel"), inputs("LongformerModel", 101, [101, 70], GLOBALS["cls"])
+    longspan.hf.accelerate(model)
+    expected, expected_grads = run(model, **kwargs)
+    found, grads = run(torch.compile(model, backend="aot_eager"), **kwargs)
+    torch.testing.assert_close(found["last_hidden_state"], expected["last_hidden_state"], **CLOSE)
+    grads = {n.removeprefix("_orig_mod."): g for n, g in grads.items()}
+    assert_gradients_agree(grads, expected_grads, floor=1e-3, atol=2e-4, rtol=2e-4)
+
+
 def test_gradient_checkpointing_replays_dropout():
     model = make("LongformerModel", attention_probs_dropout_prob=0.2).train()
     kwargs = inputs("LongformerModel", 101, [101, 70], GLOBALS["cls"])
