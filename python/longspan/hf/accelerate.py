@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from longspan.hf.bigbird import bigbird_forward
-from longspan.hf.longformer import longformer_forward
+from longspan.hf.longformer import encoder_forward, longformer_forward
 from longspan.hf.mamba import mamba_forward
 from longspan.hf.mamba2 import (
     falcon_h1_gated_norm_forward,
@@ -40,6 +40,7 @@ _FORWARDS: dict[str, Forward] = {
     "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
     "zamba2.Zamba2RMSNormGated": gated_norm_forward,
     "longformer.LongformerSelfAttention": longformer_forward,
+    "longformer.LongformerEncoder": encoder_forward,
     "led.LEDEncoderSelfAttention": longformer_forward,
     "big_bird.BigBirdBlockSparseAttention": bigbird_forward,
     "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": bigbird_forward,
@@ -114,7 +115,8 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
 
     - Mamba, FalconMamba, Jamba, Zamba: convolution, selective scan and decoding step;
     - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm;
-    - Longformer, LED (encoder): attention by window and global tokens, dropout included;
+    - Longformer, LED (encoder): attention by window and global tokens, dropout included; Longformer's
+      encoder leaves out the tokens that fill up the last window;
     - BigBird, BigBirdPegasus (encoder): block-sparse attention.
 
     Modules, parameters, state_dict and caches stay what they are: training, gradient checkpointing,

@@ -1,9 +1,10 @@
-"""The forward of transformers' Longformer self-attention on longspan's kernels.
+"""Forwards of transformers' Longformer self-attention on longspan's kernels, and of its encoder.
 
 LED's encoder has the same layer. What each token sees is a block mask, made once a forward for all
 layers of one window; the global tokens' rows are attention of their own.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -52,3 +53,31 @@ def longformer_forward(
         dropout_p=layer.dropout if layer.training else 0.0,
     )
     return (out,)
+
+
+def encoder_forward(
+    encoder: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    padding_len: int = 0,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """LongformerEncoder, without what the model has padded to fill a window.
+
+    ``padding_len`` last tokens are padding in all rows, which the encoder would cut off in the end.
+    """
+    layers = [layer.attention.self for layer in encoder.layer]
+    if padding_len and not output_attentions and all(map(_replaced, layers)):
+        hidden_states = hidden_states[:, :-padding_len]
+        attention_mask = None if attention_mask is None else attention_mask[:, :-padding_len]
+        padding_len = 0
+    return type(encoder).forward(
+        encoder, hidden_states, attention_mask, padding_len, output_attentions, **kwargs
+    )
+
+
+def _replaced(layer: Any) -> bool:
+    """Whether the layer's forward is the one above: its class's wants whole windows."""
+    slots = (vars(layer).get(name) for name in ("forward", "_old_forward"))
+    return any(isinstance(x, functools.partial) and x.func is longformer_forward for x in slots)

@@ -225,6 +225,28 @@ def test_weights_that_are_asked_for_come_from_the_layer_itself():
     assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
 
 
+def test_no_token_is_padded_to_fill_a_window():
+    """Unless a layer is not ours, which would miss it."""
+    model, kwargs = make("LongformerModel"), inputs("LongformerModel", 101, [101, 70], [[0, 1], [0]])
+    expected = model(**kwargs, output_hidden_states=True)
+    lengths = []
+    for layer in model.encoder.layer:
+        layer.register_forward_hook(lambda module, args, out: lengths.append(out[0].shape[1]))
+    accelerated = longspan.hf.accelerate(model)
+    found = model(**kwargs, output_hidden_states=True)
+    assert lengths == [101, 101]
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    found = model(**kwargs, output_attentions=True)
+    assert lengths[2:] == [128, 128]
+    assert found.attentions[0].shape[2] == 101
+    del model.encoder.layer[1].attention.self.forward
+    torch.testing.assert_close(model(**kwargs).last_hidden_state, expected.last_hidden_state, **CLOSE)
+    assert lengths[4:] == [128, 128]
+    accelerated.undo()
+    assert torch.equal(model(**kwargs).last_hidden_state, expected.last_hidden_state)
+
+
 def test_layers_of_one_window_share_a_mask(monkeypatch):
     """However many there are, and again in the next batch of that padding."""
     made = []
@@ -244,7 +266,8 @@ def test_undo_twice_and_saving(tmp_path):
     keys = list(model.state_dict())
     expected = model(**kwargs).last_hidden_state
     first, second = longspan.hf.accelerate(model), longspan.hf.accelerate(model)
-    assert first.counts == second.counts == {"LongformerSelfAttention": 2}
+    counts = {"LongformerSelfAttention": 2, "LongformerEncoder": 1}
+    assert first.counts == second.counts == counts
     assert list(model.state_dict()) == keys
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
