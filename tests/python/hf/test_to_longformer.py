@@ -164,6 +164,18 @@ def test_global_tokens_and_holes(chosen):
     torch.testing.assert_close(found[seen], dense(model, mask)(ids)[seen], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_call_s_global_tokens_reach_every_head(kind):
+    model, ids = converted(kind), tokens(2, LENGTH)
+    where = torch.zeros(2, LENGTH)
+    where[:, 0] = 1
+    expected = output(model, input_ids=ids)
+    assert torch.equal(output(model, input_ids=ids, global_attention_mask=where), expected)
+    where[:, 100] = 1
+    found = output(model, input_ids=ids, global_attention_mask=where)
+    assert (found - expected).abs().max() > 1e-3
+
+
 def test_the_table_repeats():
     for kind, first in (("BertModel", 0), ("RobertaModel", 2)):
         model, table = converted(kind), make(kind).embeddings.position_embeddings.weight
