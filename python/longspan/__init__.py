@@ -79,8 +79,8 @@ __all__ = [
 def isa() -> str:
     """Name the instruction set whose kernels are in use.
 
-    One of ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"generic"``, ``"neon"``; the environment
-    variable ``LONGSPAN_ISA`` chooses another one before the import.
+    One of ``"avx512_amx"``, ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"generic"``, ``"neon"``; the
+    environment variable ``LONGSPAN_ISA`` chooses another one before the import.
 
     Example::
 
