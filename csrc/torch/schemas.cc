@@ -27,14 +27,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "block_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor row_begins, Tensor columns, "
       "Tensor row_patterns, Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, "
-      "Tensor? alibi_slopes, int list_batch, int list_heads, float scale, float softcap) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? dropout_seed, int list_batch, int list_heads, float scale, "
+      "float softcap, float dropout_p) -> (Tensor, Tensor)");
   // -> dq, dk, dv
   m.def(
       "block_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor row_begins, Tensor columns, Tensor row_patterns, "
       "Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, Tensor? alibi_slopes, "
-      "int list_batch, int list_heads, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
+      "Tensor? dropout_seed, int list_batch, int list_heads, float scale, float softcap, "
+      "float dropout_p) -> (Tensor, Tensor, Tensor)");
   // Writes k_new and v_new into the caches. -> out, log-sum-exp
   m.def(
       "attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
