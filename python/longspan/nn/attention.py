@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longspan.ops._checks import (
     check_between,
+    check_bool,
     check_floating,
     check_integers,
     check_positive,
@@ -80,7 +81,7 @@ class KVCache:
         if mask is None:
             self.lengths.zero_()
             return
-        _check_bool("KVCache.reset", "mask", mask, self.lengths.shape, "(batch,)")
+        check_bool("KVCache.reset", "mask", mask, self.lengths.shape, "(batch,)")
         self.lengths.masked_fill_(mask, 0)
 
     def reorder(self, beam_idx: Tensor) -> None:
@@ -342,7 +343,7 @@ class Attention(nn.Module):
             check_integers("Attention", "lengths", lengths, (b,), "(batch,)")
             return torch.arange(t, device=x.device) < lengths[:, None]
         if key_mask is not None:
-            _check_bool("Attention", "key_mask", key_mask, (b, t), "(batch, tokens)")
+            check_bool("Attention", "key_mask", key_mask, (b, t), "(batch, tokens)")
         return key_mask
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -445,11 +446,3 @@ def _check_room(cache: KVCache, lengths: Tensor) -> None:
     slots = cache.k.shape[2]
     if int(lengths.max()) > slots:
         raise ValueError(f"Attention: cache: expected {int(lengths.max())} slots or more, got {slots}")
-
-
-def _check_bool(function: str, name: str, x: object, shape: tuple[int, ...], what: str) -> None:
-    check_tensor(function, name, x)
-    assert isinstance(x, Tensor)
-    if x.dtype != torch.bool:
-        raise TypeError(f"{function}: {name}: expected bool, got {x.dtype}")
-    check_shape(function, name, x, shape, what)

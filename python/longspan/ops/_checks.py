@@ -81,6 +81,15 @@ def check_integers(function: str, name: str, x: object, shape: Sequence[int | No
     check_shape(function, name, x, shape, what)
 
 
+def check_bool(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
+    """Raise unless ``x`` is a bool tensor of this shape."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{function}: {name}: expected bool, got {x.dtype}")
+    check_shape(function, name, x, shape, what)
+
+
 def check_between(function: str, name: str, x: float, low: float, high: float) -> None:
     """Raise ValueError unless low <= x < high."""
     if not low <= x < high:
