@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops._autograd import wants_gradient
@@ -21,13 +20,12 @@ from longspan.ops._checks import (
     check_shape,
     sum_dtype,
 )
+from longspan.ops._lsh_rounds import Rounds
 from longspan.ops.attention import attention, merge_attention
 
 Buckets = int | Sequence[int]
 
-# Pairs of a query and a key whose visibility is worked out at once: they stay in the cache.
-_PAIRS = 2**19
-_NOBODY = torch.iinfo(torch.int32).max  # the position of a key that is padding
+_PROJECTIONS = 2**22  # are made at once when hashing
 
 
 def lsh_attention(
@@ -148,23 +146,29 @@ def lsh_attention(
         extra += (buckets,) if return_buckets else ()
         return (v.clone(), *extra) if extra else v.clone()
     if whole:
-        found, chunks_before, chunks_after = None, 0, 0
+        lanes, chunk_length, chunks_before, chunks_after, wrap = None, t, 0, 0, False
     else:
         assert buckets is not None
-        found = buckets.flatten(0, 1)
-    rounds = _Rounds(found, b, h, t, chunk_length, chunks_before, chunks_after, key_mask, qk.device)
+        lanes = buckets.flatten(0, 1)
+    rounds = Rounds(
+        lanes, (b, h, t), chunk_length, chunks_before, chunks_after,
+        across=attend_across_buckets, wrap=wrap, key_mask=key_mask, device=qk.device,
+    )  # fmt: skip
     scale = d**-0.5 if scale is None else float(scale)
     query, key, value = (rounds.rows(x) for x in (qk, _normalised(qk, norm_eps), v))
     outs, lses = [], []
     for r in range(rounds.count):
-        keys, values = (rounds.neighbours(x, r, wrap) for x in (key, value))
-        seen = rounds.visible(r, causal, dedup, attend_across_buckets, wrap)
         out, lse = attention(
-            rounds.sorted(query, r), keys, values, seen, scale=scale, dropout_p=dropout_p,
+            rounds.sorted(query, r),
+            rounds.neighbours(key, r),
+            rounds.neighbours(value, r),
+            rounds.visible(r, causal=causal, dedup=dedup),
+            scale=scale,
+            dropout_p=dropout_p,
             return_lse=True,
-        )  # fmt: skip
-        outs.append(rounds.unsorted(out.flatten(0, 2), r))
-        lses.append(rounds.unsorted(lse.flatten(0, 2), r))
+        )
+        outs.append(rounds.unsorted(out, r))
+        lses.append(rounds.unsorted(lse, r))
     out, lse = (outs[0], lses[0]) if rounds.count == 1 else merge_attention(outs, lses)
     out = torch.where((lse == -torch.inf)[..., None], v, out)
     if key_mask is not None:
@@ -261,7 +265,7 @@ def lsh_attention_step(
 
     length = length[:, None, None, None]
     position = torch.arange(used, device=qk.device)
-    bucket = bucket_cache[..., :used].long().masked_fill(position >= length, _NOBODY)
+    bucket = bucket_cache[..., :used].long().masked_fill(position >= length, torch.iinfo(torch.int64).max)
     order = torch.sort(bucket, dim=-1, stable=True).indices
     # The new token is the last of its bucket.
     rank = (bucket <= new).sum(-1, keepdim=True) - 1
@@ -386,7 +390,7 @@ def lsh_buckets(x: Tensor, rotations: Tensor, *, num_buckets: Buckets) -> Tensor
     rounds = rotations.shape[2]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x, rotations = x.to(sum_dtype(x)), rotations.to(sum_dtype(x))
-        step = max(1, _PAIRS * 8 // max(1, b * h * (sum(factors) // 2)))
+        step = max(1, _PROJECTIONS // max(1, b * h * (sum(factors) // 2)))
         found = x.new_empty((b, h, rounds, t), dtype=torch.int64)
         for r in range(rounds):
             for first in range(0, t, step):
@@ -448,214 +452,3 @@ def _normalised(x: Tensor, eps: float) -> Tensor:
     """Over its root mean square."""
     y = x.to(sum_dtype(x))
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-# ---- sorting
-
-
-class _Rounds:
-    """How each round sorts tokens into chunks.
-
-    A lane is a (batch, head); T' is T filled up to whole chunks, C of them. Tokens are rows of
-    (lanes * T', channels), and a round's order is a permutation of them, within each lane:
-
-        tokens (lanes * T')  --sorted-->  queries (lanes, C, m)  --attention-->  --unsorted-->  tokens
-                             --neighbours-->  keys (lanes, C, (before + 1 + after) * m)
-
-    ``buckets`` (lanes, R, T); None is one round in which nobody moves.
-    """
-
-    def __init__(
-        self,
-        buckets: Tensor | None,
-        batch: int,
-        heads: int,
-        tokens: int,
-        chunk: int,
-        before: int,
-        after: int,
-        key_mask: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        self.batch, self.heads, self.tokens, self.lanes = batch, heads, tokens, batch * heads
-        self.chunk = chunk if buckets is not None else max(1, tokens)
-        self.before, self.after = before, after
-        self.width = (1 + before + after) * self.chunk
-        self.chunks = -(-tokens // self.chunk)
-        padded = self.chunks * self.chunk
-        self.padded = padded
-        self.count = 1 if buckets is None else buckets.shape[1]
-        position = torch.arange(padded, device=device)
-        real = (position < tokens).expand(self.lanes, -1)
-        if key_mask is not None:
-            told = F.pad(key_mask, (0, padded - tokens)).repeat_interleave(heads, dim=0)
-            real = real & told
-        lane = torch.arange(self.lanes, device=device)[:, None] * padded
-        # Of each round, (lanes, T'): tokens in their order, and the place of each token in it.
-        self.order: list[Tensor] = []
-        self.place: list[Tensor] = []
-        self.bucket: list[Tensor] = []
-        self.plain = buckets is None
-        for r in range(self.count):
-            if buckets is None:
-                order = place = position.expand(self.lanes, -1)
-            else:
-                bucket = F.pad(buckets[:, r].long(), (0, padded - tokens))
-                bucket = bucket.masked_fill(~real, torch.iinfo(torch.int64).max)
-                order = torch.sort(bucket, dim=-1, stable=True).indices
-                place = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
-                self.bucket.append(bucket)
-            self.order.append(order)
-            self.place.append(place)
-        self._lane = lane
-        self._key_position = torch.where(real, position, _NOBODY).int()
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) -> (lanes * T', D)."""
-        return F.pad(x, (0, 0, 0, self.padded - self.tokens)).reshape(-1, x.shape[3])
-
-    def sorted(self, rows: Tensor, r: int) -> Tensor:
-        """(lanes * T', D) -> (lanes, C, m, D)."""
-        if not self.plain:
-            rows = _Permuted.apply(rows, self._flat(self.order[r]), self._flat(self.place[r]))
-        return rows.view(self.lanes, self.chunks, self.chunk, rows.shape[1])
-
-    def unsorted(self, x: Tensor, r: int) -> Tensor:
-        """(lanes * T', ...) in the round's order -> (B, H, T, ...)."""
-        if not self.plain:
-            x = _Permuted.apply(x, self._flat(self.place[r]), self._flat(self.order[r]))
-        return x.view(self.batch, self.heads, self.padded, *x.shape[1:])[:, :, : self.tokens]
-
-    def neighbours(self, rows: Tensor, r: int, wrap: bool) -> Tensor:
-        """(lanes * T', D) -> (lanes, C, width, D): what each chunk sees."""
-        x = self.sorted(rows, r).flatten(1, 2)
-        if self.before == self.after == 0:
-            return x.unflatten(1, (self.chunks, self.chunk))
-        if not wrap:
-            return _Windows.apply(self._padded(x), self.chunk, self.width)
-        left, right = self._around(r)
-        ends = [rows.index_select(0, self._flat(i)).view(self.lanes, -1, x.shape[2]) for i in (left, right)]
-        return _Windows.apply(torch.cat([ends[0], x, ends[1]], dim=1), self.chunk, self.width)
-
-    @torch.no_grad()
-    def visible(self, r: int, causal: bool, dedup: bool, across: bool, wrap: bool) -> Tensor:
-        """Bool (lanes, C, m, width): which of its neighbours each token counts in this round."""
-        # Integers that are compared, (lanes * C, m, 1) of queries and (lanes * C, 1, width) of keys.
-        order = self.order[r]
-        pairs = [(self._queries(order.int()), self._keys(self._key_position.gather(1, order), r, wrap))]
-        if not across:
-            pairs.append(self._of_both(self.bucket[r], r, wrap))
-        earlier = range(r) if dedup else ()
-        small = torch.int16 if self.chunks < 2**14 else torch.int32
-        for other in earlier:
-            pairs.append(self._of_both((self.place[other] // self.chunk).to(small), r, wrap))
-            if not across:
-                pairs.append(self._of_both(self.bucket[other], r, wrap))
-        step = max(1, _PAIRS // max(1, self.chunk * self.width))
-        if torch.compiler.is_compiling():
-            step = max(1, self.lanes * self.chunks)
-        parts = []
-        for some in zip(*(x.split(step) for pair in pairs for x in pair)):
-            parts.append(self._seen(list(zip(some[::2], some[1::2])), causal, across))
-        seen = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return seen.view(self.lanes, self.chunks, self.chunk, self.width)
-
-    def _seen(self, pairs: list[tuple[Tensor, Tensor]], causal: bool, across: bool) -> Tensor:
-        (q, k), *rest = pairs
-        seen = k < q if causal else (k != q) & (k != _NOBODY)
-        if not across:
-            (q, k), *rest = rest
-            seen = seen & (q == k)
-        while rest:
-            (q, k), *rest = rest
-            distance = k - q
-            known = (distance >= -self.before) & (distance <= self.after)
-            if not across:
-                (q, k), *rest = rest
-                known = known & (q == k)
-            seen = seen & ~known
-        return seen
-
-    def _flat(self, token: Tensor) -> Tensor:
-        return (token + self._lane).reshape(-1)
-
-    def _around(self, r: int) -> tuple[Tensor, Tensor]:
-        """(lanes, before * m) and (lanes, after * m): tokens at either side of a round that wraps."""
-        all_rounds = torch.cat(self.order, dim=1)
-        total = all_rounds.shape[1]
-        first, end = r * self.padded, (r + 1) * self.padded
-        left = torch.arange(first - self.before * self.chunk, first, device=all_rounds.device)
-        right = torch.arange(end, end + self.after * self.chunk, device=all_rounds.device)
-        return all_rounds[:, left % total], all_rounds[:, right % total]
-
-    def _padded(self, x: Tensor, value: int = 0) -> Tensor:
-        pad = (self.before * self.chunk, self.after * self.chunk)
-        return F.pad(x, (0, 0, *pad) if x.dim() == 3 else pad, value=value)
-
-    def _queries(self, x: Tensor) -> Tensor:
-        return x.reshape(self.lanes * self.chunks, self.chunk, 1)
-
-    def _keys(self, x: Tensor, r: int, wrap: bool) -> Tensor:
-        """Key positions (lanes, T') in the round's order -> (lanes * C, 1, width)."""
-        if wrap:
-            left, right = (self._key_position.gather(1, i) for i in self._around(r))
-            x = torch.cat([left, x, right], dim=1)
-        else:
-            x = self._padded(x, _NOBODY)
-        return x.unfold(1, self.width, self.chunk).reshape(-1, 1, self.width)
-
-    def _of_both(self, of_token: Tensor, r: int, wrap: bool) -> tuple[Tensor, Tensor]:
-        """A number of each token (lanes, T'), as queries and as keys."""
-        x = of_token.gather(1, self.order[r])
-        if wrap:
-            left, right = (of_token.gather(1, i) for i in self._around(r))
-            keys = torch.cat([left, x, right], dim=1)
-        else:
-            keys = self._padded(x)  # of keys that are nobody, whatever this says
-        return self._queries(x), keys.unfold(1, self.width, self.chunk).reshape(-1, 1, self.width)
-
-
-class _Permuted(torch.autograd.Function):
-    """Rows in another order; the backward of a permutation is one, too, and not a sum."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(0, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index, inverse = ctx.saved_tensors
-        return _Permuted.apply(gradients[0], inverse, index), None, None
-
-
-class _Windows(torch.autograd.Function):
-    """(lanes, rows, D) -> (lanes, C, width, D): windows ``step`` rows apart, a view.
-
-    The width is a multiple of the step, so the backward adds a few shifted slices.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, step: int, width: int) -> Tensor:
-        return x.unfold(1, width, step).transpose(2, 3)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.step, ctx.width = inputs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        d = gradients[0]
-        lanes, chunks, _, channels = d.shape
-        parts = ctx.width // ctx.step
-        dx = d.new_zeros(lanes, chunks + parts - 1, ctx.step, channels)
-        for i in range(parts):
-            dx[:, i : i + chunks] += d[:, :, i * ctx.step : (i + 1) * ctx.step]
-        return dx.flatten(1, 2), None, None
