@@ -79,14 +79,14 @@ class Rounds:
     def sorted(self, rows: Tensor, r: int) -> Tensor:
         """(lanes * T', D) -> (lanes, C, m, D)."""
         if not self.plain:
-            rows = _Permuted.apply(rows, self._rows_of(self._order[r]), self._rows_of(self._place[r]))
+            rows = Permuted.apply(rows, self._rows_of(self._order[r]), self._rows_of(self._place[r]))
         return rows.view(self.lanes, self.chunks, self.chunk, rows.shape[1])
 
     def unsorted(self, x: Tensor, r: int) -> Tensor:
         """(lanes, C, m, ...) in the round's order -> (B, H, T, ...)."""
         x = x.flatten(0, 2)
         if not self.plain:
-            x = _Permuted.apply(x, self._rows_of(self._place[r]), self._rows_of(self._order[r]))
+            x = Permuted.apply(x, self._rows_of(self._place[r]), self._rows_of(self._order[r]))
         batch, heads, tokens = self.sizes
         return x.view(batch, heads, self.padded, *x.shape[1:])[:, :, :tokens]
 
@@ -96,8 +96,8 @@ class Rounds:
             return self.sorted(rows, r)
         token = self._with_ends(self._order[r], r, lambda order: order)
         return _Neighbours.apply(
-            rows, self._rows_of(token), self._rows_of(self._place[r]), self.lanes, self.chunk, self.before,
-            self.after, self.wrap,
+            rows, self._rows_of(token), self._rows_of(self._place[r]), self.lanes, self.chunk,
+            self.before, self.after, self.wrap,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -172,17 +172,17 @@ class Rounds:
         )
 
 
-class _Permuted(torch.autograd.Function):
+class Permuted(torch.autograd.Function):
     """Rows in another order; the backward of a permutation is one, too, and not a sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
+        ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index, inverse = ctx.saved_tensors
+        (inverse,) = ctx.saved_tensors
         return gradients[0].index_select(0, inverse), None, None
 
 

@@ -18,6 +18,7 @@ from longspan.ops._checks import (
     check_like,
     check_positive,
     check_shape,
+    normalised,
     sum_dtype,
 )
 from longspan.ops._lsh_rounds import Rounds
@@ -142,9 +143,9 @@ def lsh_attention(
     elif rotations is not None or num_buckets is not None:
         _factors(name, 2 if num_buckets is None else num_buckets)
     if qk.shape[:3].numel() == 0:
-        extra = (qk.new_empty((b, h, t), dtype=sum_dtype(qk)),) if return_lse else ()
-        extra += (buckets,) if return_buckets else ()
-        return (v.clone(), *extra) if extra else v.clone()
+        return _returned(
+            v.clone(), qk.new_empty((b, h, t), dtype=sum_dtype(qk)), buckets, return_lse, return_buckets
+        )
     if whole:
         lanes, chunk_length, chunks_before, chunks_after, wrap = None, t, 0, 0, False
     else:
@@ -155,7 +156,7 @@ def lsh_attention(
         across=attend_across_buckets, wrap=wrap, key_mask=key_mask, device=qk.device,
     )  # fmt: skip
     scale = d**-0.5 if scale is None else float(scale)
-    query, key, value = (rounds.rows(x) for x in (qk, _normalised(qk, norm_eps), v))
+    query, key, value = (rounds.rows(x) for x in (qk, normalised(qk, norm_eps), v))
     outs, lses = [], []
     for r in range(rounds.count):
         out, lse = attention(
@@ -174,8 +175,7 @@ def lsh_attention(
     if key_mask is not None:
         out = torch.where(key_mask[:, None, :, None], out, 0)
         lse = torch.where(key_mask[:, None], lse, -torch.inf)
-    extra = ((lse,) if return_lse else ()) + ((buckets,) if return_buckets else ())
-    return (out, *extra) if extra else out
+    return _returned(out, lse, buckets, return_lse, return_buckets)
 
 
 def lsh_attention_step(
@@ -265,7 +265,9 @@ def lsh_attention_step(
 
     length = length[:, None, None, None]
     position = torch.arange(used, device=qk.device)
-    bucket = bucket_cache[..., :used].long().masked_fill(position >= length, torch.iinfo(torch.int64).max)
+    bucket = (
+        bucket_cache[..., :used].long().masked_fill(position >= length, torch.iinfo(torch.int64).max)
+    )
     order = torch.sort(bucket, dim=-1, stable=True).indices
     # The new token is the last of its bucket.
     rank = (bucket <= new).sum(-1, keepdim=True) - 1
@@ -286,7 +288,7 @@ def lsh_attention_step(
     where = (row[:, None, None], torch.arange(h, device=qk.device)[:, None], token.clamp(max=used - 1))
     out, lse = attention(
         qk,
-        _normalised(qk_cache[where], norm_eps),
+        normalised(qk_cache[where], norm_eps),
         v_cache[where],
         seen[:, :, None],
         scale=d**-0.5 if scale is None else float(scale),
@@ -419,6 +421,13 @@ def _check_inputs(
     return qk, v
 
 
+def _returned(
+    out: Tensor, lse: Tensor, buckets: Tensor | None, return_lse: bool, return_buckets: bool
+) -> Any:
+    extra = [x for x, wanted in ((lse, return_lse), (buckets, return_buckets)) if wanted]
+    return (out, *extra) if extra else out
+
+
 def _check_chunks(name: str, length: int, before: int, after: int) -> None:
     check_positive(name, "chunk_length", length)
     for label, x in (("chunks_before", before), ("chunks_after", after)):
@@ -446,9 +455,3 @@ def _digits(turned: Tensor, factors: tuple[int, ...]) -> Tensor:
         unit *= n
     assert isinstance(bucket, Tensor)
     return bucket
-
-
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """Over its root mean square."""
-    y = x.to(sum_dtype(x))
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
