@@ -74,7 +74,7 @@ class Rounds:
 
     def rows(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> (lanes * T', D)."""
-        return F.pad(x, (0, 0, 0, self.padded - x.shape[2])).reshape(-1, x.shape[3])
+        return F.pad(x, (0, 0, 0, self.padded - x.shape[2])).reshape(-1, x.shape[3]).contiguous()
 
     def sorted(self, rows: Tensor, r: int) -> Tensor:
         """(lanes * T', D) -> (lanes, C, m, D)."""
@@ -100,30 +100,30 @@ class Rounds:
             self.before, self.after, self.wrap,
         )  # fmt: skip
 
-    @torch.no_grad()
     def visible(self, r: int, *, causal: bool, dedup: bool) -> Tensor:
         """Bool (lanes, C, m, width): which of its neighbours each token counts in this round.
 
         With ``dedup`` those that no earlier round counts. A token does not count itself.
         """
-        # What is compared: integers (lanes * C, m, 1) of queries and (lanes * C, 1, width) of keys.
-        pairs = [self._of_both(self._position, r, missing=_NOBODY)]
-        if not self.across:
-            pairs.append(self._of_both(self._bucket[r], r))
-        small = torch.int16 if self.chunks < 2**14 else torch.int32
-        for other in range(r) if dedup else ():
-            pairs.append(self._of_both((self._place[other] // self.chunk).to(small), r))
+        with torch.no_grad():
+            # What is compared: integers (lanes * C, m, 1) of queries and (lanes * C, 1, width) of keys.
+            pairs = [self._of_both(self._position, r, missing=_NOBODY)]
             if not self.across:
-                pairs.append(self._of_both(self._bucket[other], r))
-        step = max(1, _PAIRS // (self.chunk * self.width))
-        if torch.compiler.is_compiling():  # whose loops are fused anyway
-            step = self.lanes * self.chunks
-        parts = [
-            self._compare(list(zip(some[::2], some[1::2])), causal)
-            for some in zip(*(x.split(step) for pair in pairs for x in pair))
-        ]
-        seen = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return seen.view(self.lanes, self.chunks, self.chunk, self.width)
+                pairs.append(self._of_both(self._bucket[r], r))
+            small = torch.int16 if self.chunks < 2**14 else torch.int32
+            for other in range(r) if dedup else ():
+                pairs.append(self._of_both((self._place[other] // self.chunk).to(small), r))
+                if not self.across:
+                    pairs.append(self._of_both(self._bucket[other], r))
+            step = max(1, _PAIRS // (self.chunk * self.width))
+            if torch.compiler.is_compiling():  # whose loops are fused anyway
+                step = self.lanes * self.chunks
+            parts = [
+                self._compare(list(zip(some[::2], some[1::2])), causal)
+                for some in zip(*(x.split(step) for pair in pairs for x in pair))
+            ]
+            seen = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return seen.view(self.lanes, self.chunks, self.chunk, self.width)
 
     def _compare(self, pairs: list[tuple[Tensor, Tensor]], causal: bool) -> Tensor:
         """`visible` of some chunks."""

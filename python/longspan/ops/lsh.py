@@ -143,9 +143,8 @@ def lsh_attention(
     elif rotations is not None or num_buckets is not None:
         _factors(name, 2 if num_buckets is None else num_buckets)
     if qk.shape[:3].numel() == 0:
-        return _returned(
-            v.clone(), qk.new_empty((b, h, t), dtype=sum_dtype(qk)), buckets, return_lse, return_buckets
-        )
+        nothing = qk.sum(-1).to(sum_dtype(qk))
+        return _returned(v + qk.sum(-1, keepdim=True), nothing, buckets, return_lse, return_buckets)
     if whole:
         lanes, chunk_length, chunks_before, chunks_after, wrap = None, t, 0, 0, False
     else:
@@ -156,7 +155,8 @@ def lsh_attention(
         across=attend_across_buckets, wrap=wrap, key_mask=key_mask, device=qk.device,
     )  # fmt: skip
     scale = d**-0.5 if scale is None else float(scale)
-    query, key, value = (rounds.rows(x) for x in (qk, normalised(qk, norm_eps), v))
+    query, value = rounds.rows(qk), rounds.rows(v)
+    key = normalised(query, norm_eps)
     outs, lses = [], []
     for r in range(rounds.count):
         out, lse = attention(

@@ -94,7 +94,7 @@ def routing_attention(
         q, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, v))
         k = None if k is None else torch.where(key_mask[:, None, :, None], k, 0)
     if v.numel() == 0 or q.shape[2] == 0:
-        return v.clone()
+        return v + (q if k is None else q + k).sum(-1, keepdim=True)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if window_size is not None:
         return _by_cluster(q, k, v, centroids, window_size, causal, key_mask, scale, dropout_p)
