@@ -122,8 +122,8 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square, along the last dimension."""
-    y = x.to(sum_dtype(x))
+    """x over its root mean square, along the last dimension; whatever the strides, the same bits."""
+    y = x.to(sum_dtype(x)).contiguous()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 

@@ -93,6 +93,9 @@ def routing_attention(
     if key_mask is not None:
         q, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, v))
         k = None if k is None else torch.where(key_mask[:, None, :, None], k, 0)
+    # One layout from here on: gradients are then added up in one order, whatever the strides.
+    q, v = q.contiguous(), v.contiguous()
+    k = None if k is None else k.contiguous()
     if v.numel() == 0 or q.shape[2] == 0:
         return v + (q if k is None else q + k).sum(-1, keepdim=True)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
