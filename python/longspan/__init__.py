@@ -47,9 +47,19 @@ from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.delta_rule import delta_rule, delta_rule_step
 from longspan.ops.favor import favor_features, favor_projection
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
+from longspan.ops.lsh import lsh_attention, lsh_attention_step, lsh_buckets, lsh_rotations
 from longspan.ops.norm import rms_norm_gated
 from longspan.ops.performer import performer_attention, performer_attention_step
 from longspan.ops.rotary import apply_rotary
+from longspan.ops.routing import (
+    routing_attention,
+    routing_attention_step,
+    routing_clusters,
+    routing_kmeans,
+    routing_loss,
+    routing_sums,
+    routing_update,
+)
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
@@ -71,6 +81,10 @@ __all__ = [
     "isa",
     "linear_attention",
     "linear_attention_step",
+    "lsh_attention",
+    "lsh_attention_step",
+    "lsh_buckets",
+    "lsh_rotations",
     "merge_attention",
     "models",
     "nn",
@@ -79,6 +93,13 @@ __all__ = [
     "performer_attention_step",
     "rms_norm_gated",
     "rope",
+    "routing_attention",
+    "routing_attention_step",
+    "routing_clusters",
+    "routing_kmeans",
+    "routing_loss",
+    "routing_sums",
+    "routing_update",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -14,24 +14,27 @@ from longspan.nn._sparse import (
     split_heads,
     without_padding,
 )
-from longspan.ops._checks import check_floating, check_positive, check_shape, check_tensor
+from longspan.ops._checks import check_bool, check_floating, check_positive, check_shape, check_tensor
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.patterns import BlockMask, bigbird, sparse_transformer
 
 
 class _SelfAttention(nn.Module):
-    """What the three share: heads, and padding."""
+    """What sparse layers share: heads, and padding."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None) -> None:
         super().__init__()
         name = type(self).__name__
         check_positive(name, "hidden_size", hidden_size)
         check_positive(name, "num_heads", num_heads)
-        if hidden_size % num_heads:
+        if head_dim is not None:
+            check_positive(name, "head_dim", head_dim)
+        elif hidden_size % num_heads:
             raise ValueError(
                 f"{name}: hidden_size: expected a multiple of num_heads, {num_heads}, got {hidden_size}"
             )
         self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
 
     def _check(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """x, with zeros for padding: whatever it holds reaches no product."""
@@ -45,11 +48,7 @@ class _SelfAttention(nn.Module):
         return without_padding(x, key_mask)
 
     def _check_bool(self, label: str, mask: Tensor, x: Tensor) -> None:
-        name = type(self).__name__
-        check_tensor(name, label, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: {label}: expected bool, got {mask.dtype}")
-        check_shape(name, label, mask, x.shape[:2], "(batch, tokens)")
+        check_bool(type(self).__name__, label, mask, x.shape[:2], "(batch, tokens)")
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, key_mask: Tensor | None
