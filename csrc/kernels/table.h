@@ -9,6 +9,7 @@
 #include "kernels/linear_attention.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
+#include "kernels/selected_attention.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
 
@@ -27,6 +28,9 @@
   X(norm_gated_forward)         \
   X(norm_gated_backward)        \
   X(rotary_apply)               \
+  X(select_blocks)              \
+  X(selected_attention_forward) \
+  X(selected_attention_backward)\
   X(selective_scan_forward)     \
   X(selective_scan_backward)    \
   X(selective_state_update)     \
