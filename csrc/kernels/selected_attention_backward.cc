@@ -73,9 +73,8 @@ class Backward {
       const int64_t first = task % parts * kTokens;
       for (int64_t t = first; t < min_of(first + kTokens, p_.tokens); ++t) query(b, head, t, w);
     });
-    parallel_for(sums, threads, [&](int64_t i, int thread) {
-      segment(i, all_sums + i * sum_size, workspace(thread));
-    });
+    parallel_for(sums, threads,
+                 [&](int64_t i, int thread) { segment(i, all_sums + i * sum_size, workspace(thread)); });
     parallel_for(columns_, threads, [&](int64_t column, int) {
       finish(column, all_sums + segments_[column] * sum_size, sum_size);
     });

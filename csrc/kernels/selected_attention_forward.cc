@@ -22,8 +22,7 @@ class Forward {
 
  public:
   explicit Forward(const SelectedParams& p)
-      : p_(p), g_(p),
-        keys_(p.k, p.dtype, p.kv_heads, p.keys, p.channels, p.block_size, true),
+      : p_(p), g_(p), keys_(p.k, p.dtype, p.kv_heads, p.keys, p.channels, p.block_size, true),
         values_(p.v, p.dtype, p.kv_heads, p.keys, p.value_channels, p.block_size, false) {
     width_ = keys_.width();
     value_width_ = round_up(p.value_channels, L);
@@ -125,8 +124,8 @@ class Forward {
         greatest = maximum<T>(greatest, y);
       }
       if (whole < seen[j]) {
-        const Vec<T> y = select<T>(lane < T(seen[j] - whole), load(x + whole) * unit,
-                                   broadcast(-kInfinity<T>));
+        const Vec<T> y =
+            select<T>(lane < T(seen[j] - whole), load(x + whole) * unit, broadcast(-kInfinity<T>));
         store(x + whole, y);
         greatest = maximum<T>(greatest, y);
       }

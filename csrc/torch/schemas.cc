@@ -133,7 +133,8 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   // -> block indices (B, H_kv, T, count) int64, ascending, then -1
   m.def(
       "select_blocks(Tensor q, Tensor k_cmp, Tensor? cache_seqlens, Tensor? counts, int keys, "
-      "int compress_length, int compress_stride, int block_size, int count, bool causal, float scale) -> Tensor");
+      "int compress_length, int compress_stride, int block_size, int count, bool causal, float scale) "
+      "-> Tensor");
   // state (slots, H, P, N), x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D, dt_bias (H, P)
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

@@ -54,8 +54,7 @@ struct Arguments {
  private:
   /// Ascending and without the unused entries, -1.
   void make_lists(const Tensor& indices) {
-    const Tensor dense =
-        torch::stable::contiguous(torch::stable::to(indices, ScalarType::Long));
+    const Tensor dense = torch::stable::contiguous(torch::stable::to(indices, ScalarType::Long));
     const int64_t* from = static_cast<const int64_t*>(dense.const_data_ptr());
     const int64_t count = indices.size(3), lists = params.batch * params.list_heads * params.tokens;
     const int64_t limit = (params.keys + params.block_size - 1) / params.block_size;
@@ -67,13 +66,15 @@ struct Arguments {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t j = from[list * count + i];
         if (j == -1) continue;
-        STD_TORCH_CHECK(j >= 0 && j < limit, "selected_attention: block_indices: expected -1 or a block "
-                        "below ", limit, ", got ", j);
+        STD_TORCH_CHECK(j >= 0 && j < limit,
+                        "selected_attention: block_indices: expected -1 or a block "
+                        "below ",
+                        limit, ", got ", j);
         int64_t place = used++;
         for (; place > begin && blocks[place - 1] > j; --place) blocks[place] = blocks[place - 1];
         STD_TORCH_CHECK(place == begin || blocks[place - 1] != j,
-                        "selected_attention: block_indices: expected no block twice for a query, got ", j,
-                        " twice");
+                        "selected_attention: block_indices: expected no block twice for a query, got ",
+                        j, " twice");
         blocks[place] = int32_t(j);
       }
       begins[list + 1] = used;
@@ -113,8 +114,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, OptionalTensor d_lse, 
   return {dq, dk, dv};
 }
 
-Tensor select(Tensor q, Tensor k, OptionalTensor lengths, OptionalTensor counts, int64_t keys, int64_t length, int64_t stride,
-              int64_t block_size, int64_t count, bool causal, double scale) {
+Tensor select(Tensor q, Tensor k, OptionalTensor lengths, OptionalTensor counts, int64_t keys,
+              int64_t length, int64_t stride, int64_t block_size, int64_t count, bool causal,
+              double scale) {
   q = with_unit_last_stride(q), k = with_unit_last_stride(k);
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.scalar_type() == k.scalar_type(),
                   "select_blocks: expected q and k_cmp of 4 dimensions and one dtype");
@@ -122,9 +124,9 @@ Tensor select(Tensor q, Tensor k, OptionalTensor lengths, OptionalTensor counts,
   p.dtype = dtype_of(q, "select_blocks: q");
   p.batch = q.size(0), p.heads = q.size(1), p.tokens = q.size(2), p.channels = q.size(3);
   p.kv_heads = k.size(1), p.compressed = k.size(2), p.keys = keys;
-  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.channels && p.kv_heads > 0 &&
-                      p.heads % p.kv_heads == 0,
-                  "select_blocks: shapes of q and k_cmp do not fit");
+  STD_TORCH_CHECK(
+      k.size(0) == p.batch && k.size(3) == p.channels && p.kv_heads > 0 && p.heads % p.kv_heads == 0,
+      "select_blocks: shapes of q and k_cmp do not fit");
   STD_TORCH_CHECK(stride > 0 && length > 0 && block_size > 0 && count >= 0 && keys >= 0 &&
                       length % stride == 0 && block_size % stride == 0,
                   "select_blocks: the stride divides the length and the block size");

@@ -45,8 +45,11 @@ from longspan.ops.attention import (
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 from longspan.ops.linear_attention import linear_attention, linear_attention_step
+from longspan.ops.moba import mixture_of_block_attention, mixture_of_block_attention_step
 from longspan.ops.norm import rms_norm_gated
+from longspan.ops.nsa import compress_keys, compressed_attention, native_sparse_attention
 from longspan.ops.rotary import apply_rotary
+from longspan.ops.selected import select_blocks, selected_attention
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 from longspan.ops.ssd import ssd
 
@@ -61,15 +64,22 @@ __all__ = [
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",
+    "compress_keys",
+    "compressed_attention",
     "isa",
     "linear_attention",
     "linear_attention_step",
     "merge_attention",
+    "mixture_of_block_attention",
+    "mixture_of_block_attention_step",
     "models",
+    "native_sparse_attention",
     "nn",
     "patterns",
     "rms_norm_gated",
     "rope",
+    "select_blocks",
+    "selected_attention",
     "selective_scan",
     "selective_state_update",
     "ssd",

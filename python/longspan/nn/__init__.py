@@ -3,7 +3,9 @@
 from longspan.nn.attention import Attention, KVCache
 from longspan.nn.mamba import Mamba
 from longspan.nn.mamba2 import Mamba2
+from longspan.nn.moba import MixtureOfBlockAttention
 from longspan.nn.norm import RMSNormGated
+from longspan.nn.nsa import NativeSparseAttention, SpanCompression
 from longspan.nn.rotary import RotaryEmbedding
 from longspan.nn.sparse import (
     BigBirdSelfAttention,
@@ -18,7 +20,10 @@ __all__ = [
     "LongformerSelfAttention",
     "Mamba",
     "Mamba2",
+    "MixtureOfBlockAttention",
+    "NativeSparseAttention",
     "RMSNormGated",
     "RotaryEmbedding",
+    "SpanCompression",
     "SparseTransformerAttention",
 ]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from longspan.ops._checks import (
     check_integers,
-    check_like,
     check_positive,
     check_shape,
     check_tensor,
@@ -64,13 +63,13 @@ def mixture_of_block_attention(
     Example::
 
         q, k, v = torch.randn(3, 1, 8, 4096, 64, requires_grad=True)
-        longspan.ops.mixture_of_block_attention(q, k, v, block_size=256, topk=4).sum().backward()
+        longspan.mixture_of_block_attention(q, k, v, block_size=256, topk=4).sum().backward()
     """
     name = "mixture_of_block_attention"
     q, k, v = _check_heads(name, q, k, v)
     check_positive(name, "block_size", block_size)
     check_positive(name, "topk", topk)
-    (b, h, tokens, d), (_, kv_heads, keys, dv) = q.shape, v.shape
+    (_, _, tokens, d), keys = q.shape, k.shape[2]
     if tokens > keys:
         raise ValueError(f"{name}: k: expected at least as many keys as queries, {tokens}, got {keys}")
     scale = d**-0.5 if scale is None else float(scale)
@@ -82,9 +81,7 @@ def mixture_of_block_attention(
     own = _own_blocks(q, k, v, block_size, causal, scale)
     if topk == 1:
         return own[0]
-    with torch.no_grad():
-        means = _block_means(k, block_size)
-        chosen = _gate(q, means, torch.arange(keys - tokens, keys), block_size, topk - 1, causal)
+    chosen = gate(q, k, block_size=block_size, count=topk - 1, causal=causal)
     outs, lses = _chosen_blocks(q, k, v, chosen, block_size, scale)
     return _Merged.apply(*own, outs, lses)
 
@@ -117,14 +114,15 @@ def mixture_of_block_attention_step(
         (B, H, T, D_v) in q's dtype.
 
     Raises:
-        TypeError, ValueError: Dtypes, shapes or values do not fit. RuntimeError: a gradient is asked for.
+        TypeError, ValueError: Dtypes, shapes or values do not fit. RuntimeError: A gradient is asked
+            for.
 
     Example::
 
         k, v = torch.randn(2, 1, 2, 1024, 64)
         means = k.unflatten(2, (-1, 128)).mean(3)
         q = torch.randn(1, 8, 1, 64)
-        longspan.ops.mixture_of_block_attention_step(
+        longspan.mixture_of_block_attention_step(
             q, k, v, torch.tensor([1000]), means, block_size=128, topk=3
         )
     """
@@ -163,9 +161,15 @@ def _block_means(k: Tensor, block_size: int) -> Tensor:
     return torch.cat(means, 2)
 
 
-def _gate(
-    q: Tensor, means: Tensor, at: Tensor, block_size: int, count: int, causal: bool
-) -> Tensor:
+@torch.no_grad()
+def gate(q: Tensor, k: Tensor, *, block_size: int, count: int, causal: bool = True) -> Tensor:
+    """(B, H, T_q, count) int64: the best blocks beside each query's own, best first, then -1."""
+    tokens, keys = q.shape[2], k.shape[2]
+    means = _block_means(k, block_size)
+    return _gate(q, means, torch.arange(keys - tokens, keys), block_size, count, causal)
+
+
+def _gate(q: Tensor, means: Tensor, at: Tensor, block_size: int, count: int, causal: bool) -> Tensor:
     """(B, H, T, count) int64: the best other blocks, best first; -1 where there are no more.
 
     ``at`` (T,) or (B, T) is where queries stand.
@@ -195,13 +199,15 @@ def _own_blocks(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention within each query's own block: out (B, H, T_q, D_v) and its log-sum-exp."""
-    (b, h, tokens, _), keys = q.shape, k.shape[2]
+    (b, _, tokens, _), keys = q.shape, k.shape[2]
     starts = torch.arange(0, keys, block_size)
     first = (starts - (keys - tokens)).clamp(min=0)  # of the queries
     cu_q = _offsets(first, tokens, b)
     cu_k = _offsets(starts, keys, b)
-    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    out, lse = attention_varlen(*packed, cu_q, cu_k, causal=causal, scale=scale, return_lse=True)
+    rows, keys_, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out, lse = attention_varlen(
+        rows, keys_, values, cu_q, cu_k, causal=causal, scale=scale, return_lse=True
+    )
     return out.unflatten(0, (b, tokens)).transpose(1, 2), lse.unflatten(1, (b, tokens)).transpose(0, 1)
 
 
@@ -218,7 +224,7 @@ def _chosen_blocks(
 
     Rows are (choice, batch, head, token), sorted by block, so that a run of them shares its keys.
     """
-    (b, h, tokens, d), (_, kv_heads, keys, dv) = q.shape, v.shape
+    (b, h, tokens, _), (_, kv_heads, keys, dv) = q.shape, v.shape
     count, blocks, heads = chosen.shape[-1], -(-keys // block_size), b * kv_heads
     head = torch.arange(b * h, device=q.device).div(h // kv_heads, rounding_mode="floor")
     run = head.view(b, h, 1, 1) * blocks + chosen
@@ -293,9 +299,7 @@ class _Merged(torch.autograd.Function):
         own, outs, out, *weights = ctx.saved_tensors
         wide = gradient.to(weights[0].dtype)
         along = (wide * out).sum(-1)
-        d_lse = [
-            weight * ((wide * part).sum(-1) - along) for part, weight in zip((own, *outs), weights)
-        ]
+        d_lse = [weight * ((wide * part).sum(-1) - along) for part, weight in zip((own, *outs), weights)]
         d_own = (wide * weights[0][..., None]).to(own.dtype)
         d_outs = torch.stack([(wide * weight[..., None]).to(own.dtype) for weight in weights[1:]])
         return d_own, d_lse[0], d_outs, torch.stack(d_lse[1:])

@@ -1,5 +1,7 @@
 """Native Sparse Attention: `native_sparse_attention` and the pieces of its compressed branch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -93,7 +95,7 @@ def native_sparse_attention(
         q = torch.randn(1, 16, 4096, 64, requires_grad=True)
         k, v = torch.randn(2, 1, 1, 4096, 64)
         gates = torch.rand(3, 1, 16, 4096)
-        longspan.ops.native_sparse_attention(q, k, v, *gates).sum().backward()
+        longspan.native_sparse_attention(q, k, v, *gates).sum().backward()
     """
     name = "native_sparse_attention"
     q, k, v = _check_heads(name, q, k, v)
@@ -122,7 +124,7 @@ def native_sparse_attention(
         k_swa, v_swa = k, v
     if g_swa is not None:
         check_positive(name, "window_size", window_size)
-    compression = {"compress_length": compress_length, "compress_stride": compress_stride}
+    compression = dict[str, Any](compress_length=compress_length, compress_stride=compress_stride)
     selects = g_slc is not None and block_indices is None
     if g_cmp is not None or selects:
         if k_cmp is None:
@@ -134,7 +136,7 @@ def native_sparse_attention(
             wanted = (*k.shape[:2], k_cmp.shape[2], like.shape[3])
             check_shape(name, label, x, wanted, "k's heads, and as many compressed keys")
         check_compressed(name, "k_cmp", k_cmp.shape[2], keys, compress_length, compress_stride)
-    common = {"causal": causal, "scale": scale, "cache_seqlens": cache_seqlens}
+    common: dict[str, Any] = {"causal": causal, "scale": scale, "cache_seqlens": cache_seqlens}
     total: Tensor | None = None
     if g_slc is not None:
         if block_indices is None:
@@ -147,7 +149,8 @@ def native_sparse_attention(
         out = selected_attention(q, k, v, block_indices, block_size=block_size, **common)
         total = _gated(total, g_slc, out)
     if g_cmp is not None:
-        assert k_cmp is not None and v_cmp is not None
+        assert k_cmp is not None
+        assert v_cmp is not None
         out = compressed_attention(q, k_cmp, v_cmp, keys=keys, **compression, **common)[0]
         total = _gated(total, g_cmp, out)
     if g_swa is not None:
@@ -156,9 +159,7 @@ def native_sparse_attention(
         if cache_seqlens is not None:
             end = cache_seqlens.long()
             ranges = torch.stack([torch.zeros_like(end), end, end - tokens], 1)
-        out = attention(
-            q, k_swa, v_swa, causal=causal, window=window, scale=scale, key_ranges=ranges
-        )
+        out = attention(q, k_swa, v_swa, causal=causal, window=window, scale=scale, key_ranges=ranges)
         total = _gated(total, g_swa, out)
     assert total is not None
     return total
@@ -183,7 +184,7 @@ def compress_keys(x: Tensor, *, compress_length: int = 32, compress_stride: int 
 
     Example::
 
-        longspan.ops.compress_keys(torch.randn(1, 2, 100, 64)).shape  # (1, 2, 6, 64)
+        longspan.compress_keys(torch.randn(1, 2, 100, 64)).shape  # (1, 2, 6, 64)
     """
     check_floating("compress_keys", "x", x)
     check_strides("compress_keys", compress_length, compress_stride, compress_stride)
@@ -237,8 +238,8 @@ def compressed_attention(
     Example::
 
         q, k = torch.randn(1, 16, 256, 64), torch.randn(1, 1, 256, 64)
-        k_cmp = longspan.ops.compress_keys(k)
-        out, lse = longspan.ops.compressed_attention(q, k_cmp, k_cmp, keys=256)
+        k_cmp = longspan.compress_keys(k)
+        out, lse = longspan.compressed_attention(q, k_cmp, k_cmp, keys=256)
     """
     name = "compressed_attention"
     q, k_cmp, v_cmp = _check_heads(name, q, k_cmp, v_cmp)

@@ -80,13 +80,17 @@ def selected_attention(
 
         q, k, v = torch.randn(1, 16, 256, 64), *torch.randn(2, 1, 1, 256, 64)
         blocks = torch.tensor([0, 3]).expand(1, 1, 256, 2)
-        longspan.ops.selected_attention(q, k, v, blocks)
+        longspan.selected_attention(q, k, v, blocks)
     """
     name = "selected_attention"
     q, k, v = _check_heads(name, q, k, v)
     check_positive(name, "block_size", block_size)
     check_integers(
-        name, "block_indices", block_indices, (q.shape[0], None, q.shape[2], None), "(batch, heads, tokens, n)"
+        name,
+        "block_indices",
+        block_indices,
+        (q.shape[0], None, q.shape[2], None),
+        "(batch, heads, tokens, n)",
     )
     if block_indices.shape[1] not in (q.shape[1], k.shape[1]):
         raise ValueError(
@@ -146,8 +150,8 @@ def select_blocks(
     Example::
 
         q, k = torch.randn(1, 16, 256, 64), torch.randn(1, 1, 256, 64)
-        k_cmp = longspan.ops.compress_keys(k)
-        longspan.ops.select_blocks(q, k_cmp, keys=256, count=3)[0, 0, -1]  # own, before, and one more
+        k_cmp = longspan.compress_keys(k)
+        longspan.select_blocks(q, k_cmp, keys=256, count=3)[0, 0, -1]  # own, before, and one more
     """
     name = "select_blocks"
     check_floating(name, "q", q)
@@ -159,8 +163,9 @@ def select_blocks(
     counts = None
     if isinstance(count, Tensor):
         counts = count
-        check_integers(name, "count", counts, (q.shape[0], k_cmp.shape[1], q.shape[2]),
-                       "(batch, kv_heads, tokens)")
+        check_integers(
+            name, "count", counts, (q.shape[0], k_cmp.shape[1], q.shape[2]), "(batch, kv_heads, tokens)"
+        )
         count = max(1, int(counts.max())) if counts.numel() else 1
     check_positive(name, "count", count)
     check_strides(name, compress_length, compress_stride, block_size)
@@ -171,8 +176,8 @@ def select_blocks(
             raise ValueError(f"{name}: cache_seqlens: expected None where not causal")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     arguments = (
-        q.detach(), k_cmp.detach(), cache_seqlens, counts, keys, compress_length, compress_stride, block_size,
-        count, causal, scale,
+        q.detach(), k_cmp.detach(), cache_seqlens, counts, keys, compress_length, compress_stride,
+        block_size, count, causal, scale,
     )  # fmt: skip
     return (_select if has_kernels(name, q) else reference.select_blocks)(*arguments)
 
@@ -193,9 +198,7 @@ def check_strides(function: str, length: int, stride: int, block_size: int) -> N
             )
 
 
-def check_compressed(
-    function: str, name: str, got: int, keys: int, length: int, stride: int
-) -> None:
+def check_compressed(function: str, name: str, got: int, keys: int, length: int, stride: int) -> None:
     """Raise ValueError unless there is a compressed key for all whole spans of keys."""
     most = compressed_count(keys, length, stride)
     whole = max(0, (keys - length) // stride + 1)

@@ -24,7 +24,7 @@ def mixture_of_block_attention(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, topk: int, causal: bool, scale: float
 ) -> Tensor:
     """-> out (B, H, T_q, D_v), with H a multiple of k's heads."""
-    tokens, keys = q.shape[2], k.shape[2]
+    keys = k.shape[2]
     chosen = chosen_blocks(q.detach(), k.detach(), block_size, topk, causal)
     seen = chosen.repeat_interleave(block_size, -1)[..., :keys]
     right = 0 if causal else -1
