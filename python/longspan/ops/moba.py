@@ -76,7 +76,7 @@ def mixture_of_block_attention(
     if not has_kernels(name, q):
         return reference.mixture_of_block_attention(q, k, v, block_size, topk, causal, scale)
     blocks = -(-keys // block_size)
-    if topk >= blocks:
+    if topk >= blocks or q.numel() == 0:
         return attention(q, k, v, causal=causal, scale=scale)
     own = _own_blocks(q, k, v, block_size, causal, scale)
     if topk == 1:

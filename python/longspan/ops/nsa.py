@@ -124,7 +124,10 @@ def native_sparse_attention(
         k_swa, v_swa = k, v
     if g_swa is not None:
         check_positive(name, "window_size", window_size)
-    compression = dict[str, Any](compress_length=compress_length, compress_stride=compress_stride)
+    compression: dict[str, Any] = {
+        "compress_length": compress_length,
+        "compress_stride": compress_stride,
+    }
     selects = g_slc is not None and block_indices is None
     if g_cmp is not None or selects:
         if k_cmp is None:
@@ -257,17 +260,17 @@ def compressed_attention(
         at = torch.arange(tokens, device=q.device)[:, None] + end - tokens
         last = torch.arange(k_cmp.shape[2], device=q.device) * d + compress_length - 1
         return attention(q, k_cmp, v_cmp, last <= at, scale=scale, return_lse=True)
-    # Token t sees one compressed key more every d tokens: row (t + offset) // d, and as many.
+    # Token t sees one compressed key more every d tokens: row (t + offset) // d, and as many. As the
+    # heads of a batch of B * H, tokens of one row lie side by side, and neither q nor out is turned.
     first, before = divmod(keys - tokens - compress_length + 1, d)
     rows = -(-(tokens + before) // d)
-    padded = pad(q, (0, 0, before, rows * d - before - tokens)).unflatten(2, (rows, d))
-    turned = padded.transpose(2, 3).flatten(1, 2)  # (B, H * d, rows, D)
-    ranges = torch.tensor([[0, k_cmp.shape[2], first]]).expand(b, 3)
-    out, lse = attention(
-        turned, k_cmp, v_cmp, causal=True, scale=scale, key_ranges=ranges, return_lse=True
-    )
-    out = out.unflatten(1, (h, d)).transpose(2, 3).flatten(2, 3)[:, :, before : before + tokens]
-    lse = lse.unflatten(1, (h, d)).transpose(2, 3).flatten(2, 3)[:, :, before : before + tokens]
+    after = rows * d - before - tokens
+    turned = pad(q, (0, 0, before, after)).reshape(b * h, rows, d, q.shape[3]).transpose(1, 2)
+    each = [x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1).unsqueeze(1) for x in (k_cmp, v_cmp)]
+    ranges = torch.tensor([[0, k_cmp.shape[2], first]]).expand(b * h, 3)
+    out, lse = attention(turned, *each, causal=True, scale=scale, key_ranges=ranges, return_lse=True)
+    out = out.transpose(1, 2).reshape(b, h, rows * d, v_cmp.shape[3])[:, :, before : before + tokens]
+    lse = lse.transpose(1, 2).reshape(b, h, rows * d)[:, :, before : before + tokens]
     return out, lse
 
 

@@ -172,7 +172,7 @@ def test_scratch_is_linear_in_the_length() -> None:
 
 
 def test_empty_tensors() -> None:
-    for b, tokens, keys in ((0, 5, 5), (1, 0, 50), (1, 0, 0)):
+    for b, tokens, keys in ((0, 5, 5), (0, 50, 50), (1, 0, 50), (1, 0, 0)):
         found = results(ours(16, 2), heads(b, 2, 1, tokens, keys, 8))
         assert found["out"].shape == (b, 2, tokens, 8)
         assert (found["d k"] == 0).all()

@@ -247,7 +247,8 @@ def test_compiles_whole(fresh_compiler: None) -> None:
 
 def test_scratch_is_linear_in_the_length() -> None:
     def peak(tokens: int) -> int:
-        tensors = inputs(1, 4, 1, tokens, tokens, dtype=torch.float32)
+        # So many heads that attention's backward splits no keys: how often it does grows up to a bound.
+        tensors = inputs(1, 16, 16, tokens, tokens, 8, dtype=torch.float32)
         _C.scratch_reset_peak()
         before = _C.scratch_peak()
         results(ours(window_size=64, block_counts=4), tensors)
