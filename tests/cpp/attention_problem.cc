@@ -52,6 +52,65 @@ std::array<int64_t, 4> Problem::mask_shape() const {
           mask_full[3] ? keys : 1};
 }
 
+BlockLists::BlockLists(const Problem& p, Random& random)
+    : tokens(p.tokens), keys(p.keys), query_block(p.query_block), key_block(p.key_block),
+      batch_stride(p.lists_by_batch ? p.lists() / p.batch : 0), head_stride(p.lists_by_head),
+      seen(size_t(p.lists() * p.tokens * p.keys)) {
+  const int64_t words = query_block / 64 * key_block;  // a pattern's
+  const int64_t row_count = (tokens + query_block - 1) / query_block;
+  const int64_t column_count = (keys + key_block - 1) / key_block;
+  bits.assign(size_t(words), ~uint64_t(0));  // pattern 0: seen whole
+  row_begins = {0}, column_begins = {0};
+  for (int64_t list = 0; list < p.lists(); ++list) {
+    std::vector<int32_t> patterns(size_t(row_count * column_count), -1);
+    for (int32_t& pattern : patterns) {
+      const auto kind = random.below(3);
+      if (kind == 0) continue;
+      pattern = kind == 1 ? 0 : int32_t(int64_t(bits.size()) / words);
+      for (int64_t i = 0; kind == 2 && i < words; ++i) {
+        uint64_t word = 0;
+        for (int bit = 0; bit < 64; ++bit) word |= uint64_t(random.below(3) != 0) << bit;
+        // Keys that nobody sees at both ends, and queries that see nothing at one.
+        const int64_t key = i % key_block;
+        bits.push_back(key < 3 || key > 11 ? 0 : word >> 7);
+      }
+    }
+    for (int64_t q = 0; q < tokens; ++q) {
+      for (int64_t k = 0; k < keys; ++k) {
+        const int32_t pattern = patterns[size_t(q / query_block * column_count + k / key_block)];
+        if (pattern < 0) continue;
+        const int64_t part = pattern * (query_block / 64) + q % query_block / 64;
+        const uint64_t word = bits[size_t(part * key_block + k % key_block)];
+        seen[size_t((list * tokens + q) * keys + k)] = word >> (q % 64) & 1;
+      }
+    }
+    const auto append = [&](int64_t row, int64_t column, int64_t to, std::vector<int32_t>& at,
+                            std::vector<int32_t>& patterns_there) {
+      const int32_t pattern = patterns[size_t(row * column_count + column)];
+      if (pattern >= 0) at.push_back(int32_t(to)), patterns_there.push_back(pattern);
+    };
+    for (int64_t row = 0; row < row_count; ++row) {
+      for (int64_t c = 0; c < column_count; ++c) append(row, c, c, columns, row_patterns);
+      row_begins.push_back(int64_t(columns.size()));
+    }
+    for (int64_t column = 0; column < column_count; ++column) {
+      for (int64_t r = 0; r < row_count; ++r) append(r, column, r, rows, column_patterns);
+      column_begins.push_back(int64_t(rows.size()));
+    }
+  }
+}
+
+AttentionBlocks BlockLists::view() const {
+  AttentionBlocks x;
+  x.query_block = query_block, x.key_block = key_block;
+  x.batch = batch_stride, x.head = head_stride;
+  x.row_begins = row_begins.data(), x.columns = columns.data(), x.row_patterns = row_patterns.data();
+  x.column_begins = column_begins.data(), x.rows = rows.data();
+  x.column_patterns = column_patterns.data();
+  x.bits = bits.data();
+  return x;
+}
+
 Inputs::Inputs(const Problem& p, uint32_t seed) {
   Random random(seed);
   const auto heads = [&](int64_t h, int64_t t, int64_t c) {
@@ -73,6 +132,7 @@ Inputs::Inputs(const Problem& p, uint32_t seed) {
     visible.resize(cells);
     for (unsigned char& each : visible) each = random.below(3) != 0;
   }
+  if (p.query_block != 0) blocks.emplace(p, random);
 }
 
 namespace {
@@ -123,6 +183,11 @@ struct Slice {
     if (j < first || j >= end) return false;
     if (p.right >= 0 && distance > p.right) return false;
     if (p.left >= 0 && distance < -p.left && j >= first + p.sink_tokens) return false;
+    if (in.blocks) {
+      const int64_t by_batch = p.lists_by_batch ? b : 0, by_head = p.lists_by_head ? head : 0;
+      if (!in.blocks->sees(by_batch * (p.lists() / (p.lists_by_batch ? p.batch : 1)) + by_head, i, j))
+        return false;
+    }
     return p.mask != MaskKind::kBoolean || in.visible[mask_index(i, j)];
   }
   double slope() const {
@@ -245,6 +310,7 @@ Results compute(const KernelTable& kernels, const Problem& p, Inputs& in, int th
     for (AttentionTensor* x : {&a.q, &a.k, &a.v, &a.out}) x->batch = 0;
   }
   if (!p.ranges.empty()) a.ranges = p.ranges.data();
+  if (in.blocks) a.blocks = in.blocks->view();
   AttentionMask layout;
   layout.dtype = p.dtype;
   int64_t* const strides[] = {&layout.batch, &layout.head, &layout.query, &layout.key};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -48,11 +49,31 @@ struct Problem {
   std::vector<int64_t> cu_q, cu_k, ranges;
   MaskKind mask = MaskKind::kNone;
   std::array<bool, 4> mask_full{};  ///< which dimensions the mask has; it is broadcast over the others
+  int64_t query_block = 0, key_block = 0;  ///< of block lists, where there are any...
+  bool lists_by_batch = false, lists_by_head = false;  ///< ... which are shared otherwise
 
   /// Packed sequences are one row of memory.
   int64_t rows() const { return cu_q.empty() ? batch : 1; }
   Dtype lse_dtype() const { return dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat; }
   std::array<int64_t, 4> mask_shape() const;
+  int64_t lists() const { return (lists_by_batch ? batch : 1) * (lists_by_head ? heads : 1); }
+};
+
+/// AttentionBlocks with the memory behind them: of the blocks of scores a third are in no list, a third
+/// are seen whole, and in the others each query sees two of three keys, if it sees any.
+struct BlockLists {
+  explicit BlockLists(const Problem& p, Random& random);
+  AttentionBlocks view() const;
+  bool sees(int64_t list, int64_t query, int64_t key) const {
+    return seen[size_t((list * tokens + query) * keys + key)];
+  }
+
+ private:
+  int64_t tokens, keys, query_block, key_block, batch_stride, head_stride;
+  std::vector<unsigned char> seen;  ///< [list][query][key]
+  std::vector<int64_t> row_begins, column_begins;
+  std::vector<int32_t> columns, row_patterns, rows, column_patterns;
+  std::vector<uint64_t> bits;
 };
 
 struct Inputs {
@@ -61,6 +82,7 @@ struct Inputs {
   Array d_lse;
   Array mask;  ///< additive
   std::vector<unsigned char> visible;  ///< boolean
+  std::optional<BlockLists> blocks;
 };
 
 struct Results {

@@ -87,6 +87,19 @@ std::vector<Case> cases() {
     p.left = 30;
     p.slopes = {0.5, 0.25, 0.125, 0.0625};
   });
+  add("block lists",
+      [](Problem& p) { p.query_block = 64, p.key_block = 16, p.tokens = 150, p.keys = 131; });
+  add("block lists by head, tall blocks", [](Problem& p) {
+    p.query_block = 128, p.key_block = 48, p.lists_by_head = true, p.tokens = 300, p.keys = 210;
+  });
+  add("block lists by batch and head, softcap and ALiBi", [](Problem& p) {
+    p.query_block = p.key_block = 64, p.lists_by_batch = p.lists_by_head = true, p.tokens = 70;
+    p.keys = 200, p.softcap = 3, p.slopes = {0.02, 0.01, 0.03, 0};
+  });
+  add("block lists, one head, keys in several shares", [](Problem& p) {
+    p.query_block = 64, p.key_block = 128, p.batch = p.heads = p.kv_heads = 1, p.tokens = 130;
+    p.keys = 1100;
+  });
   add("keys in several shares", [](Problem& p) {
     p.batch = 1, p.heads = p.kv_heads = 1, p.tokens = 65, p.keys = 4200, p.right = 0, p.sinks = {2};
   });

@@ -1,15 +1,11 @@
 // The causal convolution's kernels against scalar loops.
-#include "catch.h"
+#include "agreement.h"
 #include "kernels/table.h"
-#include "levels.h"
-#include "strided.h"
 
 using namespace longspan;
 using namespace longspan::test;
 
 namespace {
-
-constexpr Dtype kDtypes[] = {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16};
 
 struct Case {
   const char* name;
@@ -217,29 +213,14 @@ void check_step(const Level& level, const Step& s, Dtype dtype) {
   const Named one = run(1), three = run(3);
   CHECK(distance(one[0].second.values(), out) <= allowed(dtype, 16, 2));
   CHECK(one[1].second.values() == after);
-  for (size_t i = 0; i < one.size(); ++i) {
-    CHECK(three[i].second.memory.bytes() == one[i].second.memory.bytes());
-  }
+  check_same_bits(one, three);
 }
 
 }  // namespace
 
 TEST_CASE("the convolution and its gradients agree with scalar loops", "[conv]") {
-  for (const Case& c : kCases) {
-    for (const Dtype dtype : kDtypes) {
-      const Inputs in(c, dtype);
-      const auto expected = reference(c, in);
-      for (const Level& level : levels()) {
-        const Named one = compute(*level.kernels, c, in, 1), three = compute(*level.kernels, c, in, 3);
-        for (size_t i = 0; i < one.size(); ++i) {
-          const Strided& got = one[i].second;
-          INFO(level.name << ", " << name_of(dtype) << ", " << c.name << ", " << one[i].first);
-          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), 64, 2));
-          CHECK(three[i].second.memory.bytes() == got.memory.bytes());
-        }
-      }
-    }
-  }
+  check_agreement<Inputs>(kCases, {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16}, reference, compute,
+                          [](const Case&, size_t) { return 64; });
 }
 
 TEST_CASE("a step of the convolution agrees with a scalar loop", "[conv]") {

@@ -1,8 +1,6 @@
 // The gated norm's kernels against a scalar loop.
-#include "catch.h"
+#include "agreement.h"
 #include "kernels/table.h"
-#include "levels.h"
-#include "strided.h"
 
 using namespace longspan;
 using namespace longspan::test;
@@ -94,19 +92,6 @@ Named compute(const KernelTable& kernels, const Case& c, Inputs in, int threads)
 }  // namespace
 
 TEST_CASE("the gated norm and its gradients agree with a scalar loop", "[norm]") {
-  for (const Case& c : kCases) {
-    for (const Dtype dtype : {Dtype::kFloat, Dtype::kDouble, Dtype::kHalf}) {
-      const Inputs in(c, dtype);
-      const auto expected = reference(c, in);
-      for (const Level& level : levels()) {
-        const Named one = compute(*level.kernels, c, in, 1), three = compute(*level.kernels, c, in, 3);
-        for (size_t i = 0; i < one.size(); ++i) {
-          const Strided& got = one[i].second;
-          INFO(level.name << ", " << name_of(dtype) << ", " << c.name << ", " << one[i].first);
-          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), 64, 2));
-          CHECK(three[i].second.memory.bytes() == got.memory.bytes());
-        }
-      }
-    }
-  }
+  check_agreement<Inputs>(kCases, {Dtype::kFloat, Dtype::kDouble, Dtype::kHalf}, reference, compute,
+                          [](const Case&, size_t) { return 64; });
 }

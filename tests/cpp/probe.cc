@@ -77,6 +77,8 @@ void product(const test::ProductCall<typename Dot::Element, typename Dot::Sum>& 
       return start.template operator()<Start::kAccumulate>();
     case Start::kRescale:
       return start.template operator()<Start::kRescale>();
+    case Start::kRescaleRows:
+      return start.template operator()<Start::kRescaleRows>();
   }
 }
 

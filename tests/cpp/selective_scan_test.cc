@@ -1,15 +1,13 @@
 // The selective scan's kernels, and the step of decoding, against scalar loops.
-#include "catch.h"
+#include "agreement.h"
 #include "kernels/table.h"
-#include "levels.h"
-#include "strided.h"
 
 using namespace longspan;
 using namespace longspan::test;
 
 namespace {
 
-constexpr Dtype kDtypes[] = {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16};
+constexpr std::initializer_list<Dtype> kDtypes = {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16};
 
 /// What a dimension is to the kernels.
 using Stride = int64_t ScanTensor::*;
@@ -280,29 +278,13 @@ void check_step(const Level& level, const Step& s, Dtype dtype) {
   const Named one = run(1), three = run(3);
   CHECK(distance(one[0].second.values(), out) <= allowed(dtype, 64, 2));
   CHECK(distance(one[1].second.values(), after) <= allowed(dtype, 16, 2));
-  for (size_t i = 0; i < one.size(); ++i) {
-    CHECK(three[i].second.memory.bytes() == one[i].second.memory.bytes());
-  }
+  check_same_bits(one, three);
 }
 
 }  // namespace
 
 TEST_CASE("the selective scan and its gradients agree with scalar loops", "[selective_scan]") {
-  for (const Case& c : cases()) {
-    for (const Dtype dtype : kDtypes) {
-      const Inputs in(c, dtype);
-      const auto expected = reference(c, in);
-      for (const Level& level : levels()) {
-        const Named one = compute(*level.kernels, c, in, 1), three = compute(*level.kernels, c, in, 3);
-        for (size_t i = 0; i < one.size(); ++i) {
-          const Strided& got = one[i].second;
-          INFO(level.name << ", " << name_of(dtype) << ", " << c.name << ", " << one[i].first);
-          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), 128, 2));
-          CHECK(three[i].second.memory.bytes() == got.memory.bytes());
-        }
-      }
-    }
-  }
+  check_agreement<Inputs>(cases(), kDtypes, reference, compute, [](const Case&, size_t) { return 128; });
 }
 
 TEST_CASE("a step of the selective scan agrees with a scalar loop", "[selective_scan]") {

@@ -1,8 +1,6 @@
 // Mamba-2's scan against a scalar loop, token by token.
-#include "catch.h"
+#include "agreement.h"
 #include "kernels/table.h"
-#include "levels.h"
-#include "strided.h"
 
 using namespace longspan;
 using namespace longspan::test;
@@ -192,21 +190,10 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
 }  // namespace
 
 TEST_CASE("Mamba-2's scan and its gradients agree with a scalar loop", "[ssd]") {
-  for (const Case& s : cases()) {
-    for (const Dtype dtype : {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16}) {
-      const Inputs in(s, dtype);
-      const auto expected = reference(s, in);
-      for (const Level& level : levels()) {
-        const Named one = compute(*level.kernels, s, in, 1), three = compute(*level.kernels, s, in, 3);
-        for (size_t i = 0; i < one.size(); ++i) {
-          const Strided& got = one[i].second;
-          INFO(level.name << ", " << name_of(dtype) << ", " << s.name << ", " << one[i].first);
-          // Sums over all tokens (da, dd, d_bias), whose terms cancel, get a unit more for each.
-          const double units = 128 + (i >= 8 && i <= 10 ? double(s.batch * s.length) : 0);
-          CHECK(distance(got.values(), expected[i]) <= allowed(got.memory.dtype(), units, 2));
-          CHECK(three[i].second.memory.bytes() == got.memory.bytes());
-        }
-      }
-    }
-  }
+  // Sums over all tokens (da, dd, d_bias), whose terms cancel, get a unit more for each.
+  const auto units = [](const Case& s, size_t result) {
+    return 128 + (result >= 8 && result <= 10 ? double(s.batch * s.length) : 0);
+  };
+  check_agreement<Inputs>(cases(), {Dtype::kFloat, Dtype::kDouble, Dtype::kBfloat16}, reference, compute,
+                          units);
 }

@@ -10,7 +10,7 @@ using namespace longspan::test;
 
 namespace {
 
-enum Start { kZero, kAccumulate, kRescale };
+enum Start { kZero, kAccumulate, kRescale, kRescaleRows };
 
 /// A product's element from its numbers: itself, or a pair of bfloat16 with the lower one first.
 template <class E>
@@ -51,7 +51,7 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
   const auto a = unit_depth ? matrix<E>(random, rows, depth, lda, p.depth)
                             : matrix<E>(random, depth, rows, lda, p.depth);
   const auto b = matrix<E>(random, depth, columns, ldb, p.depth);
-  std::vector<S> c(size_t(rows * ldc)), rescale(static_cast<size_t>(columns));
+  std::vector<S> c(size_t(rows * ldc)), rescale(size_t(start == kRescaleRows ? rows : columns));
   for (S& x : c) x = start == kZero ? S(NAN) : S(random.normal());
   for (S& x : rescale) x = S(random.normal());
   const std::vector<S> before = c;
@@ -73,6 +73,7 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
       }
       long double sum = start == kZero ? 0 : before[at];
       if (start == kRescale) sum *= rescale[size_t(n)];
+      if (start == kRescaleRows) sum *= rescale[size_t(m)];
       long double magnitude = std::fabs(sum);
       for (int64_t k = 0; k < depth; ++k) {
         for (int half = 0; half < p.depth; ++half) {
@@ -95,7 +96,7 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
 template <class E, class S>
 void check_products(const DotProbe<E, S>& p, int lanes) {
   Random random(1);
-  for (const Start start : {kZero, kAccumulate, kRescale}) {
+  for (const Start start : {kZero, kAccumulate, kRescale, kRescaleRows}) {
     for (const bool guarded : {false, true}) {
       for (const bool unit_depth : {false, true}) {
         for (int64_t rows = 1; rows <= 17; ++rows) {

@@ -15,7 +15,6 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from longspan.ops._autograd import wants_gradient
-from longspan.ops._checks import sum_dtype
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
 
 
@@ -62,11 +61,6 @@ def sequence_indices(
         return None
     found = find_packed_sequence_indices(positions)
     return None if found is None else found.expand(batch, -1)
-
-
-def decays(log_rates: Tensor) -> Tensor:
-    """A of a state space model, as its layers keep it: in float32, in float64 for float64."""
-    return -torch.exp(log_rates.to(sum_dtype(log_rates)))
 
 
 def recurrent_state(mixer: Any, cache: Cache | None) -> Tensor | None:

@@ -15,12 +15,12 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from longspan.hf._recurrent import (
     convolve,
-    decays,
     padded_steps,
     recurrent_state,
     sequence_indices,
     without_padding,
 )
+from longspan.nn._mamba import decay_rates
 from longspan.ops._autograd import wants_gradient
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 
@@ -98,7 +98,7 @@ def _scan(
     The cache's state is (B, D, N), or (B, heads, D / heads, N) where A_log has heads.
     """
     batch, steps, channels = x.shape
-    A, D = decays(mixer.A_log).flatten(0, -2), mixer.D.flatten()
+    A, D = decay_rates(mixer.A_log).flatten(0, -2), mixer.D.flatten()
     if state is not None and steps == 1 and not wants_gradient((x, delta, B, A, D, bias, state)):
         heads = (B.shape[2], -1)
         by_heads = [y.squeeze(1).unflatten(-1, heads) for y in (x, delta, gate)]

@@ -1,10 +1,8 @@
 """Forwards of transformers' Mamba-2 mixers, and of their gated norms, on longspan's kernels."""
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -12,19 +10,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from longspan.hf._recurrent import (
     convolve,
-    decays,
     padded_steps,
     recurrent_state,
     sequence_indices,
     without_padding,
 )
+from longspan.nn._mamba import NO_LIMIT, decay_rates, update_heads
 from longspan.ops._autograd import wants_gradient
-from longspan.ops._checks import sum_dtype
 from longspan.ops.norm import rms_norm_gated
-from longspan.ops.selective_scan import selective_state_update
 from longspan.ops.ssd import ssd
-
-_NO_LIMIT = (0.0, math.inf)
 
 
 @force_accelerate_hooks("conv1d")
@@ -98,13 +92,16 @@ def _mix(
     x, B, C = x.split([mixer.intermediate_size, size, size], dim=-1)
     x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
     z = gate.unflatten(-1, heads) if gated else None
-    A, D, bias = decays(mixer.A_log), mixer.D, mixer.dt_bias
+    A, D, bias = decay_rates(mixer.A_log), mixer.D, mixer.dt_bias
     limit = (float(mixer.time_step_limit[0]), float(mixer.time_step_limit[1]))
     single = x.shape[1] == 1
     if state is not None and single and hf_compat:
-        limit = _NO_LIMIT
+        limit = NO_LIMIT
     if state is not None and single and not wants_gradient((x, dt, A, D, bias, state)):
-        y = _step(state, x, dt, A, B, C, D, z, bias, limit)
+        y = update_heads(
+            state, x.squeeze(1), dt.squeeze(1), A, B.squeeze(1), C.squeeze(1), D,
+            None if z is None else z.squeeze(1), bias, limit,
+        ).unsqueeze(1)  # fmt: skip
     else:
         y, final = ssd(
             x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=True, dt_limit=limit,
@@ -115,30 +112,3 @@ def _mix(
         if cache is not None:
             cache.update_recurrent_state(final, mixer.layer_idx)
     return y.flatten(2), gate
-
-
-def _step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    bias: Tensor,
-    limit: tuple[float, float],
-) -> Tensor:
-    """One step of all heads, in place on ``state`` (B, H, P, N); x and the result are (B, 1, H, P)."""
-    channels, states = state.shape[2:]
-    wide_bias: Tensor | None = bias[:, None].expand(-1, channels)
-    softplus = limit == _NO_LIMIT
-    if not softplus:
-        dt = F.softplus(dt.to(sum_dtype(dt)) + bias).clamp(*limit)
-        wide_bias = None
-    y = selective_state_update(
-        state, x.squeeze(1), dt.squeeze(1)[..., None].expand(-1, -1, channels),
-        A[:, None, None].expand(-1, channels, states), B.squeeze(1), C.squeeze(1),
-        D[:, None].expand(-1, channels), None if z is None else z.squeeze(1), wide_bias, softplus,
-    )  # fmt: skip
-    return y.unsqueeze(1)

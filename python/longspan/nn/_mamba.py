@@ -15,8 +15,10 @@ from longspan.ops._checks import (
     sum_dtype,
 )
 from longspan.ops.conv import causal_conv1d, causal_conv1d_update
+from longspan.ops.selective_scan import selective_state_update
 
 States = tuple[Tensor, Tensor]
+NO_LIMIT = (0.0, math.inf)
 
 
 class MambaBase(nn.Module):
@@ -26,6 +28,7 @@ class MambaBase(nn.Module):
     """
 
     conv1d: nn.Conv1d
+    d_model: int
     d_conv: int
     layer_idx: int | None
     state_shape: tuple[int, ...]  # of the scan's state of one sequence
@@ -82,10 +85,14 @@ class MambaBase(nn.Module):
             check_floating(name, label, state)
             check_shape(name, label, state, shape, "the shape of allocate_inference_cache")
 
-    def _check_no_gradient(self, x: Tensor) -> None:
-        """Before a step writes anything."""
+    def _check_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
+        """Before a step reads x (B, 1, d_model) and writes to the states."""
+        name = f"{type(self).__name__}.step"
+        check_floating(name, "hidden_states", x)
+        check_shape(name, "hidden_states", x, (None, 1, self.d_model), "(batch, 1, d_model)")
+        self._check_states(x.shape[0], conv_state, ssm_state)
         if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *self.parameters())):
-            raise RuntimeError(f"{type(self).__name__}.step: no gradient passes it; use torch.no_grad()")
+            raise RuntimeError(f"{name}: no gradient passes it; use torch.no_grad()")
 
     def _store(
         self, states: States, x: Tensor, ssm_state: Tensor, cu_seqlens: Tensor | None, goes_on: bool
@@ -118,6 +125,40 @@ class MambaBase(nn.Module):
 def as_parameter(p: Tensor, x: Tensor) -> Tensor:
     """``p`` in a dtype that operators take beside ``x``: as it is, or in the dtype of x's sums."""
     return p if p.dtype == x.dtype else p.to(sum_dtype(x))
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A of a state space model, from what its layers keep: in float32, in float64 for float64."""
+    return -torch.exp(A_log.to(sum_dtype(A_log)))
+
+
+def update_heads(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """One step of Mamba-2's heads, in place on ``state`` (B, H, P, N).
+
+    x, z and the result are (B, H, P), dt (B, H), B and C (B, G, N), A and dt_bias (H,), D (H,) or
+    (H, P).
+    """
+    channels, states = state.shape[2:]
+    bias: Tensor | None = dt_bias[:, None].expand(-1, channels)
+    softplus = dt_limit == NO_LIMIT
+    if not softplus:
+        dt = F.softplus(dt.to(sum_dtype(dt)) + dt_bias).clamp(*dt_limit)
+        bias = None
+    return selective_state_update(
+        state, x, dt[..., None].expand(-1, -1, channels), A[:, None, None].expand(-1, channels, states),
+        B, C, D if D.dim() == 2 else D[:, None].expand(-1, channels), z, bias, softplus,
+    )  # fmt: skip
 
 
 def step_bias(

@@ -11,10 +11,11 @@ from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
     check_packed,
+    decay_rates,
     sequence_of_each,
     step_bias,
 )
-from longspan.ops._checks import check_floating, check_positive, check_shape, sum_dtype
+from longspan.ops._checks import check_floating, check_positive, check_shape
 from longspan.ops.selective_scan import selective_scan, selective_state_update
 
 
@@ -169,7 +170,7 @@ class Mamba(MambaBase):
         delta = self._step_sizes(dt)
         with computed_again(again, (delta, lambda: self._step_sizes(dt)), enabled=self.use_fast_path):
             y, last = selective_scan(
-                u, delta, self._decay(u), B, C, as_parameter(self.D, u), z,
+                u, delta, decay_rates(self.A_log), B, C, as_parameter(self.D, u), z,
                 as_parameter(self.dt_proj.bias, u), True, initial_state=ssm_past,
                 return_final_state=True, cu_seqlens=cu_seqlens,
             )  # fmt: skip
@@ -198,16 +199,12 @@ class Mamba(MambaBase):
             with torch.no_grad():
                 y, *states = layer.step(torch.randn(2, 1, 768), *states)
         """
-        check_floating("Mamba.step", "hidden_states", hidden_states)
-        shape = (None, 1, self.d_model)
-        check_shape("Mamba.step", "hidden_states", hidden_states, shape, "(batch, 1, d_model)")
-        self._check_states(hidden_states.shape[0], conv_state, ssm_state)
-        self._check_no_gradient(hidden_states)
+        self._check_step(hidden_states, conv_state, ssm_state)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         u = self._conv_step(x, conv_state)
         dt, B, C = (y.squeeze(2) for y in self._selection(u.unsqueeze(2)))
         y = selective_state_update(
-            ssm_state, u, nn.functional.linear(dt, self.dt_proj.weight), self._decay(u), B, C,
+            ssm_state, u, nn.functional.linear(dt, self.dt_proj.weight), decay_rates(self.A_log), B, C,
             as_parameter(self.D, u), z, as_parameter(self.dt_proj.bias, u), True,
         )  # fmt: skip
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
@@ -220,9 +217,6 @@ class Mamba(MambaBase):
     def _step_sizes(self, dt: Tensor) -> Tensor:
         """dt (B, rank, L) -> (B, D, L), without the bias, which the scan adds in float32."""
         return nn.functional.linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)
-
-    def _decay(self, u: Tensor) -> Tensor:
-        return -torch.exp(self.A_log.to(sum_dtype(u)))
 
     def extra_repr(self) -> str:
         """The options that the parameters do not show."""

@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from longspan.nn._again import computed_again
 from longspan.nn._mamba import (
     MambaBase,
     as_parameter,
     check_packed,
+    decay_rates,
     sequence_of_each,
     step_bias,
+    update_heads,
 )
 from longspan.nn.norm import RMSNormGated
-from longspan.ops._checks import check_floating, check_positive, check_shape, sum_dtype
-from longspan.ops.selective_scan import selective_state_update
+from longspan.ops._checks import check_floating, check_positive, check_shape
 from longspan.ops.ssd import CHUNKS, ssd
 
 
@@ -221,7 +222,7 @@ class Mamba2(MambaBase):
             (conv, lambda: self._conv(xBC, conv_seq_idx, conv_past)), enabled=self.use_mem_eff_path
         ):
             y, *last = ssd(
-                x, dt, self._decay(x), B, C, chunk_size=self.chunk_size, D=self._skip(x),
+                x, dt, decay_rates(self.A_log), B, C, chunk_size=self.chunk_size, D=self._skip(x),
                 z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
                 dt_bias=as_parameter(self.dt_bias, x), dt_softplus=True, dt_limit=self.dt_limit,
                 initial_states=ssm_past, return_final_states=cu_seqlens is None, seq_idx=seq_idx,
@@ -252,22 +253,13 @@ class Mamba2(MambaBase):
             with torch.no_grad():
                 y, *states = layer.step(torch.randn(2, 1, 768), *states)
         """
-        check_floating("Mamba2.step", "hidden_states", hidden_states)
-        shape = (None, 1, self.d_model)
-        check_shape("Mamba2.step", "hidden_states", hidden_states, shape, "(batch, 1, d_model)")
-        self._check_states(hidden_states.shape[0], conv_state, ssm_state)
-        self._check_no_gradient(hidden_states)
+        self._check_step(hidden_states, conv_state, ssm_state)
         mlp, z, xBC, dt = self._split(self.in_proj(hidden_states.squeeze(1)))
         x, B, C = self._heads(self._conv_step(xBC, conv_state))
-        bias, limited = as_parameter(self.dt_bias, x), self.dt_limit != (0.0, math.inf)
-        if limited:
-            dt = softplus(dt + bias).clamp(*self.dt_limit)
-        A, D = self._decay(x), self._skip(x)
-        y = selective_state_update(
-            ssm_state, x, dt[..., None].expand(x.shape), A[:, None, None].expand(self.state_shape), B, C,
-            D if self.D_has_hdim else D[:, None].expand(x.shape[1:]),
+        y = update_heads(
+            ssm_state, x, dt, decay_rates(self.A_log), B, C, self._skip(x),
             None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
-            None if limited else bias[:, None].expand(x.shape[1:]), not limited,
+            as_parameter(self.dt_bias, x), self.dt_limit,
         )  # fmt: skip
         return self._finish(y.flatten(-2), z, mlp).unsqueeze(1), conv_state, ssm_state
 
@@ -288,9 +280,6 @@ class Mamba2(MambaBase):
             B.unflatten(-1, groups),
             C.unflatten(-1, groups),
         )
-
-    def _decay(self, x: Tensor) -> Tensor:
-        return -torch.exp(self.A_log.to(sum_dtype(x)))
 
     def _skip(self, x: Tensor) -> Tensor:
         D = as_parameter(self.D, x)

@@ -107,6 +107,69 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Raise unless q (B, H, T_q, D), k (B, H_kv, T_k, D) and v (B, H_kv, T_k, D_v) fit together.
+
+    Returns:
+        Them, in autocast's dtype where it is on.
+    """
+    check_floating(name, "q", q)
+    if autocasts(q):
+        check_floating(name, "k", k)
+        check_floating(name, "v", v)
+        q, k, v = autocast(q, k, v)
+    q_shape = q.shape
+    if len(q_shape) != 4:
+        check_shape(name, "q", q, (None,) * 4, "(batch, heads, tokens, channels)")
+    check_like(name, "k", k, "q", q)
+    check_like(name, "v", v, "q", q)
+    k_shape, v_shape = k.shape, v.shape
+    if len(k_shape) != 4 or k_shape[0] != q_shape[0] or k_shape[3] != q_shape[3]:
+        check_shape(
+            name,
+            "k",
+            k,
+            (q_shape[0], None, None, q_shape[3]),
+            "(batch, kv_heads, keys, channels) as q has them",
+        )
+    if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
+        check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
+    check_group(name, q_shape[1], k_shape[1])
+    return q, k, v
+
+
+def check_attention_options(
+    name: str,
+    q: Tensor,
+    batch: int,
+    sink_tokens: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+) -> None:
+    """Raise unless the options of attention fit q (B, H, T, D); ``batch`` is of the slopes."""
+    heads = q.shape[1]
+    if sink_tokens < 0:
+        raise ValueError(f"{name}: sink_tokens: expected 0 or more, got {sink_tokens}")
+    if softcap < 0:
+        raise ValueError(f"{name}: softcap: expected 0 (off) or more, got {softcap}")
+    check_between(name, "dropout_p", dropout_p, 0.0, 1.0)
+    if sinks is not None:
+        check_floating(name, "sinks", sinks)
+        check_shape(name, "sinks", sinks, (heads,), "(heads,)")
+        check_device(name, "sinks", sinks, "q", q)
+    if alibi_slopes is not None:
+        check_floating(name, "alibi_slopes", alibi_slopes)
+        if alibi_slopes.dim() == 2:
+            check_shape(name, "alibi_slopes", alibi_slopes, (batch, heads), "(heads,) or (batch, heads)")
+        else:
+            check_shape(name, "alibi_slopes", alibi_slopes, (heads,), "(heads,) or (batch, heads)")
+        check_device(name, "alibi_slopes", alibi_slopes, "q", q)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: alibi_slopes: expected no requires_grad: they have no gradient")
+
+
 def sum_dtype(x: Tensor) -> torch.dtype:
     """What kernels accumulate in, and states are kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -15,9 +15,9 @@ from longspan.ops._autograd import (
     register_once_differentiable,
 )
 from longspan.ops._checks import (
-    autocast,
     autocasts,
-    check_between,
+    check_attention,
+    check_attention_options,
     check_device,
     check_floating,
     check_group,
@@ -98,7 +98,7 @@ def attention(
         k, v = torch.randn(2, 1, 2, 4096, 64)
         longspan.attention(q, k, v, causal=True, window=(1023, -1), sink_tokens=4).sum().backward()
     """
-    q, k, v = _check_heads("attention", q, k, v)
+    q, k, v = check_attention("attention", q, k, v)
     if attn_mask is not None:
         attn_mask = _check_mask("attention", attn_mask, q, k)
     if key_ranges is not None:
@@ -162,7 +162,7 @@ def attention_varlen(
         raise ValueError(
             f"{name}: cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}"
         )
-    q, k, v = _check_heads(name, *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)))
+    q, k, v = check_attention(name, *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)))
     out, lse = _attend(
         name, q, k, v, None, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, None,
         causal, window, sink_tokens, scale, softcap, dropout_p,
@@ -287,7 +287,7 @@ def attention_decode(
                 f"got {cos.dtype} and {sin.dtype} with {q.dtype}"
             )
     left, right = _check_window(name, causal, window)
-    _check_options(name, q, b, sink_tokens, sinks, alibi_slopes, softcap, 0.0)
+    check_attention_options(name, q, b, sink_tokens, sinks, alibi_slopes, softcap, 0.0)
     scale = d**-0.5 if scale is None else float(scale)
     if not has_kernels(name, q):
         out, lse = reference.attention_decode(
@@ -357,32 +357,6 @@ def merge_attention(
 # ---- from the public arguments to the operator's
 
 
-def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_floating(name, "q", q)
-    if autocasts(q):
-        check_floating(name, "k", k)
-        check_floating(name, "v", v)
-        q, k, v = autocast(q, k, v)
-    q_shape = q.shape
-    if len(q_shape) != 4:
-        check_shape(name, "q", q, (None,) * 4, "(batch, heads, tokens, channels)")
-    check_like(name, "k", k, "q", q)
-    check_like(name, "v", v, "q", q)
-    k_shape, v_shape = k.shape, v.shape
-    if len(k_shape) != 4 or k_shape[0] != q_shape[0] or k_shape[3] != q_shape[3]:
-        check_shape(
-            name,
-            "k",
-            k,
-            (q_shape[0], None, None, q_shape[3]),
-            "(batch, kv_heads, keys, channels) as q has them",
-        )
-    if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
-        check_shape(name, "v", v, (*k_shape[:3], None), "k's shape but for channels")
-    check_group(name, q_shape[1], k_shape[1])
-    return q, k, v
-
-
 def _check_mask(name: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     check_tensor(name, "attn_mask", mask)
     check_device(name, "attn_mask", mask, "q", q)
@@ -409,37 +383,6 @@ def _check_window(name: str, causal: bool, window: tuple[int, int]) -> tuple[int
     return int(window[0]), 0 if causal else int(window[1])
 
 
-def _check_options(
-    name: str,
-    q: Tensor,
-    batch: int,
-    sink_tokens: int,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-) -> None:
-    heads = q.shape[1]
-    if sink_tokens < 0:
-        raise ValueError(f"{name}: sink_tokens: expected 0 or more, got {sink_tokens}")
-    if softcap < 0:
-        raise ValueError(f"{name}: softcap: expected 0 (off) or more, got {softcap}")
-    check_between(name, "dropout_p", dropout_p, 0.0, 1.0)
-    if sinks is not None:
-        check_floating(name, "sinks", sinks)
-        check_shape(name, "sinks", sinks, (heads,), "(heads,)")
-        check_device(name, "sinks", sinks, "q", q)
-    if alibi_slopes is not None:
-        check_floating(name, "alibi_slopes", alibi_slopes)
-        if alibi_slopes.dim() == 2:
-            check_shape(name, "alibi_slopes", alibi_slopes, (batch, heads), "(heads,) or (batch, heads)")
-        else:
-            check_shape(name, "alibi_slopes", alibi_slopes, (heads,), "(heads,) or (batch, heads)")
-        check_device(name, "alibi_slopes", alibi_slopes, "q", q)
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: alibi_slopes: expected no requires_grad: they have no gradient")
-
-
 def _attend(
     name: str,
     q: Tensor,
@@ -460,7 +403,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     left, right = _check_window(name, causal, window)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    _check_options(name, q, batch, sink_tokens, sinks, alibi_slopes, softcap, dropout_p)
+    check_attention_options(name, q, batch, sink_tokens, sinks, alibi_slopes, softcap, dropout_p)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     seed = torch.randint(2**62, (1,)) if dropout_p else None
     if has_kernels(name, q):

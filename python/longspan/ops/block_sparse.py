@@ -12,8 +12,13 @@ from longspan.ops._autograd import (
     register_autograd,
     register_once_differentiable,
 )
-from longspan.ops._checks import empty_heads, has_kernels, sum_dtype
-from longspan.ops.attention import _check_heads, _check_options
+from longspan.ops._checks import (
+    check_attention,
+    check_attention_options,
+    empty_heads,
+    has_kernels,
+    sum_dtype,
+)
 from longspan.patterns import BlockMask
 from longspan.reference import block_sparse as reference
 
@@ -67,8 +72,8 @@ def block_sparse_attention(
         longspan.block_sparse_attention(q, k, v, mask).sum().backward()
     """
     name = "block_sparse_attention"
-    q, k, v = _check_heads(name, q, k, v)
-    _check_options(name, q, q.shape[0], 0, None, alibi_slopes, softcap, 0.0)
+    q, k, v = check_attention(name, q, k, v)
+    check_attention_options(name, q, q.shape[0], 0, None, alibi_slopes, softcap, 0.0)
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"{name}: block_mask: expected a longspan.patterns.BlockMask (BlockMask.from_flex and "
