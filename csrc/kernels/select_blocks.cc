@@ -3,6 +3,7 @@
 //
 //     S [tokens * heads][compressed keys] = Q Kc^T  ->  softmax a row  ->  sum over a token's heads
 //         ->  scores of blocks  ->  the best
+//     O [heads][channels] = P Vc
 //
 // A row of scores is kept whole, so that nothing is computed twice: O(keys / stride) a thread.
 
@@ -24,20 +25,26 @@ class Select {
 
  public:
   explicit Select(const SelectBlocksParams& p)
-      : p_(p), keys_(p.k, p.dtype, p.kv_heads, p.compressed, p.channels, kPanel, true) {
+      : p_(p), keys_(p.k, p.dtype, p.kv_heads, p.compressed, p.channels, kPanel, true),
+        values_(p.v, p.dtype, p.kv_heads, p.compressed, p.value_channels, kPanel, false) {
     group_ = p.heads / p.kv_heads;
     tokens_ = max_of<int64_t>(1, kRows / group_);
     panels_ = ceil_div(p.compressed, kPanel);
-    blocks_ = ceil_div(p.keys, p.block_size);
     query_width_ = round_up(p.channels, L);
+    value_width_ = round_up(p.value_channels, L);
   }
 
   void run() {
     const int64_t parts = ceil_div(p_.tokens, tokens_), tasks = p_.batch * p_.kv_heads * parts;
-    if (tasks == 0 || p_.count == 0) return;
+    if (tasks == 0) return;
     const int64_t ahead = p_.tokens > tokens_ ? p_.batch * p_.kv_heads * panels_ : 0;
-    Scratch forms(ahead * keys_.size() * int64_t(sizeof(T)));
-    if (ahead) keys_.make_ahead(p_.batch, p_.threads, reinterpret_cast<T*>(forms.at(0)));
+    const int64_t value_size = p_.v.data ? values_.size() : 0;
+    Scratch forms(ahead * (keys_.size() + value_size) * int64_t(sizeof(T)));
+    if (ahead) {
+      T* all = reinterpret_cast<T*>(forms.at(0));
+      keys_.make_ahead(p_.batch, p_.threads, all);
+      if (p_.v.data) values_.make_ahead(p_.batch, p_.threads, all + ahead * keys_.size());
+    }
     Arena measure;
     lay_out(measure);
     const int threads = threads_for(tasks, p_.threads);
@@ -56,7 +63,9 @@ class Select {
     T* queries;       ///< [rows][query_width], times the scale in log2
     T* scores;        ///< [rows][panels * kPanel]
     T* probability;   ///< [panels * kPanel]: summed over a token's heads
-    T* keys;
+    T *sum, *lse;     ///< [group]
+    T* out;           ///< [group][value_width]
+    T *keys, *values; ///< forms made at a visit
     T* best;          ///< [count], descending; the chosen blocks beside
     int64_t* chosen;
   };
@@ -66,7 +75,11 @@ class Select {
     w.queries = arena.take<T>(tokens_ * group_ * query_width_);
     w.scores = arena.take<T>(tokens_ * group_ * panels_ * kPanel);
     w.probability = arena.take<T>(panels_ * kPanel);
+    w.sum = arena.take<T>(group_);
+    w.lse = arena.take<T>(group_);
+    w.out = arena.take<T>(group_ * value_width_);
     w.keys = arena.take<T>(keys_.size());
+    w.values = arena.take<T>(values_.size());
     w.best = arena.take<T>(p_.count);
     w.chosen = arena.take<int64_t>(p_.count);
     return w;
@@ -99,16 +112,38 @@ class Select {
     for (int64_t t = first; t < last; ++t) {
       const int64_t seen = visible(b, t);
       for (int64_t c = 0; c < round_up(seen, L); c += L) store(w.probability + c, Vec<T>{});
+      T* scores = w.scores + (t - first) * group_ * ld;
       for (int64_t r = 0; r < group_; ++r) {
-        add_probabilities(w.scores + ((t - first) * group_ + r) * ld, seen, w.probability);
+        add_probabilities(scores + r * ld, seen, w.probability, w.sum + r, w.lse + r);
       }
+      if (p_.v.data) attend(b, kv_head, t, seen, scores, w);
       const int64_t list = (b * p_.kv_heads + kv_head) * p_.tokens + t;
       const int64_t count = p_.counts ? min_of(p_.count, p_.counts[list]) : p_.count;
       best(b, t, seen, count, w, p_.indices + list * p_.count);
     }
   }
 
-  void add_probabilities(T* row, int64_t seen, T* probability) const {
+  /// P Vc, from weights that are not yet divided by their sum.
+  void attend(int64_t b, int64_t kv_head, int64_t t, int64_t seen, const T* scores,
+              const Workspace& w) const {
+    __builtin_memset(w.out, 0, size_t(group_ * value_width_) * sizeof(T));
+    for (int64_t c = 0; c < seen; c += kPanel) {
+      const Operand<Dot> v = values_.block(b, kv_head, c / kPanel, w.values);
+      Product<Dot>{scores + c, panels_ * kPanel, 1, v.data, v.stride, w.out, value_width_}
+          .template run_as<Start::kAccumulate, false, true>(group_, value_width_,
+                                                            min_of(kPanel, seen - c));
+    }
+    for (int64_t r = 0; r < group_; ++r) {
+      static_cast<T*>(p_.lse)[(b * p_.heads + kv_head * group_ + r) * p_.tokens + t] = w.lse[r];
+    }
+    TokenRows out = rows_of(p_.out, p_.dtype, b, kv_head * group_, t);
+    out.stride = p_.out.head;
+    store_rows<T>(w.out, value_width_, group_, p_.value_channels, w.sum, out);
+  }
+
+  /// A row's products to weights, which are added, divided by their sum, to `probability`; one over
+  /// that sum, and the log-sum-exp.
+  void add_probabilities(T* row, int64_t seen, T* probability, T* inverse_sum, T* lse) const {
     const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
     const T unit = T(p_.scale * double(kLog2e));
     Vec<T> greatest = broadcast(-kInfinity<T>);
@@ -126,6 +161,9 @@ class Select {
       store(row + c, x);
     }
     const T total = sum_of_lanes<T>(sum), inverse = total == T(0) ? T(0) : T(1) / total;
+    const T log2 = sizeof(T) == 4 ? T(__builtin_log2f(float(total))) : T(__builtin_log2(double(total)));
+    *inverse_sum = inverse;
+    *lse = total == T(0) ? -kInfinity<T> : (reference + log2) * T(kLn2);
     for (int64_t c = 0; c < seen; c += L) {
       store(probability + c, load(probability + c) + load(row + c) * inverse);
     }
@@ -179,8 +217,8 @@ class Select {
   }
 
   const SelectBlocksParams& p_;
-  BlockForm<Dot> keys_;
-  int64_t group_, tokens_, panels_, blocks_, query_width_;
+  BlockForm<Dot> keys_, values_;
+  int64_t group_, tokens_, panels_, query_width_, value_width_;
 };
 
 }  // namespace

@@ -34,7 +34,8 @@ struct SelectedGradients {
   AttentionTensor dq, dk, dv;
 };
 
-/// Softmax of q over compressed keys, folded into scores of blocks, and the best of those.
+/// Softmax of q over compressed keys, folded into scores of blocks, and the best of those; and, where
+/// there are values, attention to these keys.
 /// Compressed key c stands for keys [c * stride, c * stride + length) and is seen, where causal, by
 /// queries from its last key on. Block j's score is the sum of the probabilities of the compressed keys
 /// that overlap it, each times the strides that they share, over the heads of a group.
@@ -43,6 +44,9 @@ struct SelectBlocksParams {
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int64_t tokens = 0, keys = 0, compressed = 0, channels = 0;
   AttentionTensor q, k;              ///< k: compressed keys
+  int64_t value_channels = 0;
+  AttentionTensor v, out;            ///< compressed values; data may be null
+  void* lse = nullptr;               ///< written where there are values
   const int64_t* lengths = nullptr;  ///< [batch], or null: in keys, not compressed
   int64_t length = 0, stride = 0, block_size = 0;  ///< stride divides the other two
   int64_t count = 0;                 ///< blocks to be chosen, at most

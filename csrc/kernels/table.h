@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/linear_attention.h"
+#include "kernels/merge.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
 #include "kernels/selected_attention.h"
@@ -25,6 +26,8 @@
   X(linear_attention_forward)    \
   X(linear_attention_backward)   \
   X(linear_attention_step)       \
+  X(merge_forward)               \
+  X(merge_backward)              \
   X(norm_gated_forward)          \
   X(norm_gated_backward)         \
   X(rotary_apply)                \

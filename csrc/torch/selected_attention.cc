@@ -2,6 +2,8 @@
 // structs out.
 #include "kernels/selected_attention.h"
 
+#include <cmath>
+
 #include "kernels/table.h"
 #include "torch/attention_arguments.h"
 
@@ -114,9 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, OptionalTensor d_lse, 
   return {dq, dk, dv};
 }
 
-Tensor select(Tensor q, Tensor k, OptionalTensor lengths, OptionalTensor counts, int64_t keys,
-              int64_t length, int64_t stride, int64_t block_size, int64_t count, bool causal,
-              double scale) {
+std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptionalTensor v, OptionalTensor lengths,
+                                          OptionalTensor counts, int64_t keys, int64_t length,
+                                          int64_t stride, int64_t block_size, int64_t count, bool causal,
+                                          double scale) {
   q = with_unit_last_stride(q), k = with_unit_last_stride(k);
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.scalar_type() == k.scalar_type(),
                   "select_blocks: expected q and k_cmp of 4 dimensions and one dtype");
@@ -141,8 +144,25 @@ Tensor select(Tensor q, Tensor k, OptionalTensor lengths, OptionalTensor counts,
   p.causal = causal, p.scale = scale, p.threads = threads();
   Tensor indices = empty_of(q, {p.batch, p.kv_heads, p.tokens, count}, ScalarType::Long);
   p.indices = static_cast<int64_t*>(indices.data_ptr());
+  Tensor values = q, out = empty_of(q, {0}), lse = empty_of(q, {0}, sum_type(q));
+  if (v) {
+    values = with_unit_last_stride(*v);
+    STD_TORCH_CHECK(values.dim() == 4 && values.scalar_type() == q.scalar_type() &&
+                        values.size(0) == p.batch && values.size(1) == p.kv_heads &&
+                        values.size(2) == p.compressed,
+                    "select_blocks: v_cmp is as k_cmp but for its channels");
+    p.value_channels = values.size(3);
+    out = empty_heads(q, p.value_channels);
+    lse = empty_of(q, {p.batch, p.heads, p.tokens}, sum_type(q));
+    p.v = heads(values), p.out = heads(out), p.lse = lse.data_ptr();
+    if (p.compressed == 0) {
+      torch::stable::fill_(out, 0.0);
+      torch::stable::fill_(lse, -INFINITY);
+      p.v = {};
+    }
+  }
   kernels().select_blocks(p);
-  return indices;
+  return {indices, out, lse};
 }
 
 }  // namespace

@@ -5,17 +5,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.ops._autograd import (
+    OperatorFunction,
+    below_autograd,
+    overload,
+    register_autograd,
+    register_once_differentiable,
+)
 from longspan.ops._checks import (
+    check_attention,
     check_integers,
     check_positive,
     check_shape,
     check_tensor,
+    empty_heads,
     has_kernels,
     sum_dtype,
 )
-from longspan.ops.attention import _check_heads, attention, attention_varlen
+from longspan.ops.attention import attention, attention_varlen
 from longspan.ops.selected import selected_attention
 from longspan.reference import moba as reference
+
+# longspan.merge_attention of one part of every row and others that lie sorted by block, in one pass.
+_merge = overload("merge_parts")
+_merge_backward = overload("merge_parts_backward")
 
 _GATED_TOKENS = 1024  # at once: scores of tokens x blocks are never kept for all
 
@@ -66,7 +79,7 @@ def mixture_of_block_attention(
         longspan.mixture_of_block_attention(q, k, v, block_size=256, topk=4).sum().backward()
     """
     name = "mixture_of_block_attention"
-    q, k, v = _check_heads(name, q, k, v)
+    q, k, v = check_attention(name, q, k, v)
     check_positive(name, "block_size", block_size)
     check_positive(name, "topk", topk)
     (_, _, tokens, d), keys = q.shape, k.shape[2]
@@ -82,8 +95,7 @@ def mixture_of_block_attention(
     if topk == 1:
         return own[0]
     chosen = gate(q, k, block_size=block_size, count=topk - 1, causal=causal)
-    outs, lses = _chosen_blocks(q, k, v, chosen, block_size, scale)
-    return _Merged.apply(*own, outs, lses)
+    return _merge(*own, *_chosen_blocks(q, k, v, chosen, block_size, scale))
 
 
 def mixture_of_block_attention_step(
@@ -127,7 +139,7 @@ def mixture_of_block_attention_step(
         )
     """
     name = "mixture_of_block_attention_step"
-    q, k_cache, v_cache = _check_heads(name, q, k_cache, v_cache)
+    q, k_cache, v_cache = check_attention(name, q, k_cache, v_cache)
     check_positive(name, "block_size", block_size)
     check_positive(name, "topk", topk)
     check_integers(name, "cache_seqlens", cache_seqlens, q.shape[:1], "(batch,)")
@@ -219,12 +231,12 @@ def _offsets(starts: Tensor, length: int, batch: int) -> Tensor:
 
 def _chosen_blocks(
     q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention to each chosen block by itself: (count, B, H, T_q, D_v) and (count, B, H, T_q).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention to each chosen block by itself, sorted by block, so that a run of rows shares its keys.
 
-    Rows are (choice, batch, head, token), sorted by block, so that a run of them shares its keys.
+    -> out (P, D_v), log-sum-exps (P,), and where the parts of each query are: (count, B * H * T_q).
     """
-    (b, h, tokens, _), (_, kv_heads, keys, dv) = q.shape, v.shape
+    (b, h, _, _), (_, kv_heads, keys, _) = q.shape, v.shape
     count, blocks, heads = chosen.shape[-1], -(-keys // block_size), b * kv_heads
     head = torch.arange(b * h, device=q.device).div(h // kv_heads, rounding_mode="floor")
     run = head.view(b, h, 1, 1) * blocks + chosen
@@ -233,18 +245,17 @@ def _chosen_blocks(
     order = run.argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))
     place = place.view(count, -1)
-    rows = _Sorted.apply(q.flatten(0, 2), order, place)
     counts = torch.zeros(heads * blocks + 1, dtype=torch.int64, device=q.device)
     counts.scatter_add_(0, run, torch.ones_like(run))
     cu_q = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     cu_k = _offsets(torch.arange(0, keys, block_size), keys, heads)
     cu_k = torch.cat([cu_k, cu_k[-1:]])
+    rows = _Sorted.apply(q.flatten(0, 2), order, place)
     out, lse = attention_varlen(
         rows[:, None], k.flatten(0, 2)[:, None], v.flatten(0, 2)[:, None], cu_q, cu_k, scale=scale,
         return_lse=True,
     )  # fmt: skip
-    out, lse = _Unsorted.apply(out[:, 0], order, place), _Unsorted.apply(lse[0], order, place)
-    return out.view(count, b, h, tokens, dv), lse.view(count, b, h, tokens)
+    return out[:, 0], lse[0], place
 
 
 class _Sorted(torch.autograd.Function):
@@ -252,54 +263,48 @@ class _Sorted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(order, place)
+        ctx.save_for_backward(place)
         return x.index_select(0, order % place.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        order, place = ctx.saved_tensors
-        rows = _Unsorted.apply(gradient, order, place)
-        return rows.sum(0, dtype=sum_dtype(gradient)).to(gradient.dtype), None, None
+        (place,) = ctx.saved_tensors
+        dtype = sum_dtype(gradient)
+        total = gradient.index_select(0, place[0]).to(dtype)
+        for at in place[1:]:
+            total += gradient.index_select(0, at)
+        return total.to(gradient.dtype), None, None
 
 
-class _Unsorted(torch.autograd.Function):
-    """x[place] (count, rows, ...), whose gradient is a gather."""
+@torch.library.register_fake("longspan::merge_parts")
+def _(own: Tensor, *rest: Any) -> Tensor:
+    return empty_heads(own, own.shape[3])
+
+
+@torch.library.register_fake("longspan::merge_parts_backward")
+def _(
+    d_out: Tensor, own: Tensor, own_lse: Tensor, parts: Tensor, parts_lse: Tensor, place: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        empty_heads(own, own.shape[3]),
+        own_lse.new_empty(own.shape[:3]),
+        parts.new_empty(parts.shape),
+        parts_lse.new_empty(parts_lse.shape),
+    )
+
+
+class _MergeParts(OperatorFunction):
+    """longspan::merge_parts with its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(order, place)
-        return x.index_select(0, place.flatten()).unflatten(0, place.shape)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args)
+        return below_autograd(_merge, *args)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (order, _) = ctx.saved_tensors
-        return gradient.flatten(0, 1).index_select(0, order), None, None
+        return *_merge_backward(gradient, *ctx.saved_tensors), None
 
 
-class _Merged(torch.autograd.Function):
-    """`longspan.merge_attention` of one part and a stack of others, in few passes over memory.
-
-    With w_i = exp(lse_i - lse): d out_i = w_i d out, d lse_i = w_i d out . (out_i - out).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, own_lse: Tensor, outs: Tensor, lses: Tensor) -> Tensor:
-        lse = torch.cat([own_lse[None], lses]).logsumexp(0)
-        lse = torch.where(lse == -torch.inf, 0, lse)
-        weights = [torch.exp(x - lse) for x in (own_lse, *lses)]
-        out = own.to(lse.dtype) * weights[0][..., None]
-        for part, weight in zip(outs, weights[1:]):
-            out.addcmul_(part.to(lse.dtype), weight[..., None])
-        out = out.to(own.dtype)
-        ctx.save_for_backward(own, outs, out, *weights)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        own, outs, out, *weights = ctx.saved_tensors
-        wide = gradient.to(weights[0].dtype)
-        along = (wide * out).sum(-1)
-        d_lse = [weight * ((wide * part).sum(-1) - along) for part, weight in zip((own, *outs), weights)]
-        d_own = (wide * weights[0][..., None]).to(own.dtype)
-        d_outs = torch.stack([(wide * weight[..., None]).to(own.dtype) for weight in weights[1:]])
-        return d_own, d_lse[0], d_outs, torch.stack(d_lse[1:])
+register_autograd("merge_parts", _MergeParts)
+register_once_differentiable("merge_parts_backward")

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longspan.ops._autograd import (
+    OperatorFunction,
+    below_autograd,
+    overload,
+    register_autograd,
+    wants_gradient,
+)
 from longspan.ops._checks import (
+    check_attention,
     check_floating,
     check_integers,
     check_positive,
@@ -14,11 +22,13 @@ from longspan.ops._checks import (
     has_kernels,
     sum_dtype,
 )
-from longspan.ops.attention import _check_heads, attention
+from longspan.ops.attention import attention
 from longspan.ops.selected import (
     check_compressed,
     check_strides,
     compressed_count,
+    most_blocks,
+    select_and_attend,
     select_blocks,
     selected_attention,
 )
@@ -98,7 +108,7 @@ def native_sparse_attention(
         longspan.native_sparse_attention(q, k, v, *gates).sum().backward()
     """
     name = "native_sparse_attention"
-    q, k, v = _check_heads(name, q, k, v)
+    q, k, v = check_attention(name, q, k, v)
     gates = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
     for label, gate in gates.items():
         if gate is not None:
@@ -117,7 +127,7 @@ def native_sparse_attention(
         if not causal:
             raise ValueError(f"{name}: cache_seqlens: expected None where not causal")
     if k_swa is not None and v_swa is not None:
-        _, k_swa, v_swa = _check_heads(name, q, k_swa, v_swa)
+        _, k_swa, v_swa = check_attention(name, q, k_swa, v_swa)
         check_shape(name, "k_swa", k_swa, k.shape, "k's shape")
         check_shape(name, "v_swa", v_swa, v.shape, "v's shape")
     else:
@@ -134,13 +144,22 @@ def native_sparse_attention(
             k_cmp = compress_keys(k, **compression)
             v_cmp = compress_keys(v, **compression) if g_cmp is not None else v[:, :, : k_cmp.shape[2]]
         assert v_cmp is not None
-        _, k_cmp, v_cmp = _check_heads(name, q, k_cmp, v_cmp)
+        _, k_cmp, v_cmp = check_attention(name, q, k_cmp, v_cmp)
         for label, x, like in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
             wanted = (*k.shape[:2], k_cmp.shape[2], like.shape[3])
             check_shape(name, label, x, wanted, "k's heads, and as many compressed keys")
         check_compressed(name, "k_cmp", k_cmp.shape[2], keys, compress_length, compress_stride)
     common: dict[str, Any] = {"causal": causal, "scale": scale, "cache_seqlens": cache_seqlens}
     total: Tensor | None = None
+    if selects and g_cmp is not None and _fuses(q, k_cmp, v_cmp, cache_seqlens):
+        assert k_cmp is not None
+        count, counts = most_blocks(name, block_counts, q, k_cmp)
+        number = q.shape[3] ** -0.5 if scale is None else float(scale)
+        block_indices, out, _ = select_and_attend(
+            q, k_cmp, v_cmp, cache_seqlens, counts, keys, compress_length, compress_stride, block_size,
+            count, causal, number,
+        )  # fmt: skip
+        total, g_cmp, block_counts = _gated(total, g_cmp, out), None, 0
     if g_slc is not None:
         if block_indices is None:
             assert k_cmp is not None
@@ -245,11 +264,10 @@ def compressed_attention(
         out, lse = longspan.compressed_attention(q, k_cmp, k_cmp, keys=256)
     """
     name = "compressed_attention"
-    q, k_cmp, v_cmp = _check_heads(name, q, k_cmp, v_cmp)
+    q, k_cmp, v_cmp = check_attention(name, q, k_cmp, v_cmp)
     check_strides(name, compress_length, compress_stride, compress_stride)
     check_compressed(name, "k_cmp", k_cmp.shape[2], keys, compress_length, compress_stride)
-    b, h, tokens, _ = q.shape
-    d = compress_stride
+    tokens, d = q.shape[2], compress_stride
     if not causal:
         if cache_seqlens is not None:
             raise ValueError(f"{name}: cache_seqlens: expected None where not causal")
@@ -260,23 +278,53 @@ def compressed_attention(
         at = torch.arange(tokens, device=q.device)[:, None] + end - tokens
         last = torch.arange(k_cmp.shape[2], device=q.device) * d + compress_length - 1
         return attention(q, k_cmp, v_cmp, last <= at, scale=scale, return_lse=True)
-    # Token t sees one compressed key more every d tokens: row (t + offset) // d, and as many. As the
-    # heads of a batch of B * H, tokens of one row lie side by side, and neither q nor out is turned.
-    first, before = divmod(keys - tokens - compress_length + 1, d)
-    rows = -(-(tokens + before) // d)
-    after = rows * d - before - tokens
-    turned = pad(q, (0, 0, before, after)).reshape(b * h, rows, d, q.shape[3]).transpose(1, 2)
-    each = [x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1).unsqueeze(1) for x in (k_cmp, v_cmp)]
-    ranges = torch.tensor([[0, k_cmp.shape[2], first]]).expand(b * h, 3)
-    out, lse = attention(turned, *each, causal=True, scale=scale, key_ranges=ranges, return_lse=True)
-    out = out.transpose(1, 2).reshape(b, h, rows * d, v_cmp.shape[3])[:, :, before : before + tokens]
-    lse = lse.transpose(1, 2).reshape(b, h, rows * d)[:, :, before : before + tokens]
-    return out, lse
+    stairs = _Stairs(q, k_cmp, keys, compress_length, d)
+    each = [stairs.heads(x) for x in (k_cmp, v_cmp)]
+    out, lse = attention(
+        stairs.rows(q), *each, causal=True, scale=scale, key_ranges=stairs.ranges, return_lse=True
+    )
+    return stairs.tokens(out), stairs.tokens(lse)
+
+
+class _Stairs:
+    """Queries in rows of ``stride``, all of which see the same compressed keys, and row i one more.
+
+    Token t is in row (t + before) // stride. The heads of a batch of B * H are the tokens of a row,
+    which lie side by side, so that neither q nor the output is turned in memory.
+    """
+
+    def __init__(self, q: Tensor, k_cmp: Tensor, keys: int, length: int, stride: int) -> None:
+        self.b, self.h, self.count, _ = q.shape
+        self.stride, self.kv_heads = stride, k_cmp.shape[1]
+        first, self.before = divmod(keys - self.count - length + 1, stride)
+        self.each = -(-(self.count + self.before) // stride)
+        self.after = self.each * stride - self.before - self.count
+        self.ranges = torch.tensor([[0, k_cmp.shape[2], first]]).expand(self.b * self.h, 3)
+
+    def rows(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """(B, H, T, D) -> (B * H, stride, rows, D); (B, H, T) likewise."""
+        around = (0, 0) * (x.dim() - 3) + (self.before, self.after)
+        padded = pad(x, around, value=value)
+        return padded.reshape(self.b * self.h, self.each, self.stride, *x.shape[3:]).transpose(1, 2)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The way back."""
+        y = x.transpose(1, 2).reshape(self.b, self.h, self.each * self.stride, *x.shape[3:])
+        return y[:, :, self.before : self.before + self.count]
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, H_kv, T_c, D) -> (B * H, 1, T_c, D)."""
+        return x.repeat_interleave(self.h // self.kv_heads, 1).flatten(0, 1).unsqueeze(1)
+
+    def sum_heads(self, x: Tensor) -> Tensor:
+        """The gradient's way back."""
+        y = x.view(self.b, self.kv_heads, self.h // self.kv_heads, *x.shape[2:])
+        return y.sum(2, dtype=sum_dtype(x)).to(x.dtype)
 
 
 def _gated(total: Tensor | None, gate: Tensor, out: Tensor) -> Tensor:
     gate = gate.to(out.dtype)[..., None]
-    return gate * out if total is None else torch.addcmul(total, gate, out)
+    return gate * out if total is None else total.addcmul_(gate, out)
 
 
 def _first(name: str, indices: Tensor, counts: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -285,3 +333,55 @@ def _first(name: str, indices: Tensor, counts: Tensor, q: Tensor, k: Tensor) -> 
     index = torch.arange(indices.shape[-1], device=indices.device)
     group = indices.shape[1] // counts.shape[1]
     return torch.where(index < counts.repeat_interleave(group, 1)[..., None], indices, -1)
+
+
+def _fuses(q: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, lengths: Tensor | None) -> bool:
+    """Whether one pass serves the compressed branch and the selection: but for gradients of a step."""
+    return has_kernels("native_sparse_attention", q) and (
+        lengths is None or not wants_gradient((q, k_cmp, v_cmp))
+    )
+
+
+# ---- autograd
+
+_attention_backward = overload("attention_backward")
+
+
+class _SelectAndAttend(OperatorFunction):
+    """longspan::select_blocks with the derivative of its attention: that of attention over stairs."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = below_autograd(select_and_attend, *args)
+        ctx.save_for_backward(*args[:3], *output[1:])
+        ctx.options = args[3:]
+        ctx.mark_non_differentiable(output[0])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        lengths, _, keys, length, stride, *_, causal, scale = ctx.options
+        _, d_out, d_lse = gradients
+        if v is None or (d_out is None and d_lse is None):
+            return (None,) * 12
+        if lengths is not None:
+            raise RuntimeError("longspan.select_blocks: cache_seqlens: a step has no gradient")
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        none = (None,) * 5
+        if not causal:
+            rest = (None, -1, -1, 0, scale, 0.0, 0.0)
+            dq, dk, dv, _ = _attention_backward(d_out, d_lse, q, k, v, out, lse, *none, None, *rest)
+            return dq, dk, dv, *([None] * 9)
+        stairs = _Stairs(q, k, keys, length, stride)
+        rows = [None if x is None else stairs.rows(x) for x in (d_out, d_lse, q)]
+        kept = (stairs.rows(out), stairs.rows(lse, -torch.inf))
+        rest = (None, -1, 0, 0, scale, 0.0, 0.0)
+        dq, dk, dv, _ = _attention_backward(
+            *rows, stairs.heads(k), stairs.heads(v), *kept, *none, stairs.ranges, *rest
+        )
+        return stairs.tokens(dq), stairs.sum_heads(dk), stairs.sum_heads(dv), *([None] * 9)
+
+
+register_autograd("select_blocks", _SelectAndAttend)

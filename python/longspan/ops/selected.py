@@ -13,6 +13,7 @@ from longspan.ops._autograd import (
     register_once_differentiable,
 )
 from longspan.ops._checks import (
+    check_attention,
     check_floating,
     check_group,
     check_integers,
@@ -23,12 +24,11 @@ from longspan.ops._checks import (
     has_kernels,
     sum_dtype,
 )
-from longspan.ops.attention import _check_heads
 from longspan.reference import selected as reference
 
 _forward = overload("selected_attention_forward")
 _backward = overload("selected_attention_backward")
-_select = overload("select_blocks")
+select_and_attend = overload("select_blocks")
 
 
 def selected_attention(
@@ -83,7 +83,7 @@ def selected_attention(
         longspan.selected_attention(q, k, v, blocks)
     """
     name = "selected_attention"
-    q, k, v = _check_heads(name, q, k, v)
+    q, k, v = check_attention(name, q, k, v)
     check_positive(name, "block_size", block_size)
     check_integers(
         name,
@@ -160,14 +160,7 @@ def select_blocks(
     wanted = (q.shape[0], None, None, q.shape[3])
     check_shape(name, "k_cmp", k_cmp, wanted, "(batch, kv_heads, compressed keys, channels)")
     check_group(name, q.shape[1], k_cmp.shape[1])
-    counts = None
-    if isinstance(count, Tensor):
-        counts = count
-        check_integers(
-            name, "count", counts, (q.shape[0], k_cmp.shape[1], q.shape[2]), "(batch, kv_heads, tokens)"
-        )
-        count = max(1, int(counts.max())) if counts.numel() else 1
-    check_positive(name, "count", count)
+    count, counts = most_blocks(name, count, q, k_cmp)
     check_strides(name, compress_length, compress_stride, block_size)
     check_compressed(name, "k_cmp", k_cmp.shape[2], keys, compress_length, compress_stride)
     if cache_seqlens is not None:
@@ -176,10 +169,21 @@ def select_blocks(
             raise ValueError(f"{name}: cache_seqlens: expected None where not causal")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     arguments = (
-        q.detach(), k_cmp.detach(), cache_seqlens, counts, keys, compress_length, compress_stride,
-        block_size, count, causal, scale,
+        q.detach(), k_cmp.detach(), None, cache_seqlens, counts, keys, compress_length,
+        compress_stride, block_size, count, causal, scale,
     )  # fmt: skip
-    return (_select if has_kernels(name, q) else reference.select_blocks)(*arguments)
+    return (select_and_attend if has_kernels(name, q) else reference.select_blocks)(*arguments)[0]
+
+
+def most_blocks(function: str, count: int | Tensor, q: Tensor, k: Tensor) -> tuple[int, Tensor | None]:
+    """The greatest count of blocks, and those of each query where there are; checks them."""
+    if isinstance(count, int):
+        check_positive(function, "count", count)
+        return count, None
+    check_integers(
+        function, "count", count, (q.shape[0], k.shape[1], q.shape[2]), "(batch, kv_heads, tokens)"
+    )
+    return (max(1, int(count.max())) if count.numel() else 1), count
 
 
 def compressed_count(keys: int, length: int, stride: int) -> int:
@@ -225,10 +229,13 @@ def _(
 
 @torch.library.register_fake("longspan::select_blocks")
 def _(
-    q: Tensor, k: Tensor, lengths: Tensor | None, counts: Tensor | None, keys: int, length: int,
-    stride: int, block_size: int, count: int, *rest: Any,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape[0], k.shape[1], q.shape[2], count, dtype=torch.int64)
+    q: Tensor, k: Tensor, v: Tensor | None, lengths: Tensor | None, counts: Tensor | None, keys: int,
+    length: int, stride: int, block_size: int, count: int, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    indices = q.new_empty(q.shape[0], k.shape[1], q.shape[2], count, dtype=torch.int64)
+    if v is None:
+        return indices, q.new_empty(0), q.new_empty(0, dtype=sum_dtype(q))
+    return indices, empty_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 # ---- autograd

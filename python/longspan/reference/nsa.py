@@ -36,17 +36,14 @@ def native_sparse_attention(
 ) -> Tensor:
     """-> out (B, H, T_q, D_v)."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    tokens, keys = q.shape[2], k.shape[2]
+    keys = k.shape[2]
     k_cmp = compress_keys(k, compress_length, compress_stride) if k_cmp is None else k_cmp
     v_cmp = compress_keys(v, compress_length, compress_stride) if v_cmp is None else v_cmp
-    at = torch.arange(keys - tokens, keys, device=q.device)[:, None]
-    last = torch.arange(k_cmp.shape[2], device=q.device) * compress_stride + compress_length - 1
-    o_cmp, _ = attention(q, k_cmp, v_cmp, (last <= at) | (not causal), scale=scale)
-    if block_indices is None:
-        block_indices = select_blocks(
-            q.detach(), k_cmp.detach(), None, None, keys, compress_length, compress_stride, block_size,
-            block_counts, causal, scale,
-        )  # fmt: skip
+    indices, o_cmp, _ = select_blocks(
+        q, k_cmp, v_cmp, None, None, keys, compress_length, compress_stride, block_size, block_counts,
+        causal, scale,
+    )  # fmt: skip
+    block_indices = indices if block_indices is None else block_indices
     o_slc, _ = selected_attention(q, k, v, block_indices, None, block_size, causal, scale)
     right = 0 if causal else window_size - 1
     o_swa, _ = attention(q, k, v, window=(window_size - 1, right), scale=scale)

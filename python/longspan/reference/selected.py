@@ -33,6 +33,7 @@ def selected_attention(
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
+    v_cmp: Tensor | None,
     cache_seqlens: Tensor | None,
     counts: Tensor | None,
     keys: int,
@@ -42,8 +43,8 @@ def select_blocks(
     count: int,
     causal: bool,
     scale: float,
-) -> Tensor:
-    """-> (B, H_kv, T, count), ascending, then -1."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (B, H_kv, T, count), ascending, then -1; and attention to the compressed keys, (out, lse)."""
     b, h, tokens, _ = q.shape
     kv_heads, compressed = k_cmp.shape[1:3]
     blocks = -(-keys // block_size)
@@ -53,8 +54,11 @@ def select_blocks(
     end = end.to(q.device)[:, None, None, None]
     at = torch.arange(tokens, device=q.device)[:, None] + end - tokens  # (B, 1, T, 1)
     starts = torch.arange(compressed, device=q.device) * stride
-    if causal:
-        score = score.masked_fill(starts + length - 1 > at, -torch.inf)
+    hidden = (starts + length - 1 > at) & causal
+    score = score.masked_fill(hidden, -torch.inf)
+    out = lse = score.new_empty(0)
+    if v_cmp is not None:
+        out, lse = attention(q, k_cmp, v_cmp, ~hidden, scale=scale)
     probability = torch.softmax(score, -1).nan_to_num(0)
     probability = probability.unflatten(1, (kv_heads, -1)).sum(2)
     low = torch.arange(blocks, device=q.device) * block_size
@@ -74,4 +78,4 @@ def select_blocks(
         used &= torch.arange(order.shape[-1], device=q.device) < counts[..., None]
     order = torch.where(used, order, blocks)
     order = torch.nn.functional.pad(order, (0, count - order.shape[-1]), value=blocks).sort(-1).values
-    return torch.where(order == blocks, -1, order)
+    return torch.where(order == blocks, -1, order), out, lse

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.library import opcheck
 
 import longspan
 from longspan import _C
@@ -118,6 +119,28 @@ def test_a_step_is_the_last_row() -> None:
         for i, end in enumerate(ends):
             row = {"q": step[i : i + 1], "k": k[i : i + 1, :, :end], "v": v[i : i + 1, :, :end]}
             torch.testing.assert_close(found[i : i + 1], ours(16, 3)(**row))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_merging(requires_grad: bool) -> None:
+    own, own_lse = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5)
+    parts, parts_lse = torch.randn(20, 8), torch.randn(20)
+    tensors = [x.requires_grad_(requires_grad) for x in (own, own_lse, parts, parts_lse)]
+    place = torch.randperm(20).view(2, 10)
+    opcheck(torch.ops.longspan.merge_parts.default, (*tensors, place))
+    found = torch.ops.longspan.merge_parts(*tensors, place)
+    outs = [own, *(parts[at].view_as(own) for at in place)]
+    lses = [own_lse, *(parts_lse[at].view_as(own_lse) for at in place)]
+    torch.testing.assert_close(found, longspan.merge_attention(outs, lses)[0])
+    if not requires_grad:
+        arguments = (torch.randn_like(own), *tensors, place)
+        opcheck(torch.ops.longspan.merge_parts_backward.default, arguments)
+        for wrong in (torch.zeros_like(place), place + 1):
+            assert_raises(
+                RuntimeError,
+                ["permutation"],
+                lambda wrong=wrong: torch.ops.longspan.merge_parts(*tensors, wrong),
+            )
 
 
 def test_gradcheck() -> None:

@@ -239,6 +239,32 @@ def test_threads_change_nothing(isa: str) -> None:
     assert_threads_change_nothing(lambda: results(ours(**SMALL), tensors))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 2, 150, 150), (1, 4, 1, 63, 200), (1, 3, 3, 5, 5)], ids=str)
+def test_compressed_attention(isa: str, shape: tuple[int, ...], causal: bool) -> None:
+    """By itself and beside the selection: out and log-sum-exp, with gradients of both."""
+    b, h, kv, tokens, keys = shape
+    count = longspan.ops.selected.compressed_count(keys, 8, 4)
+    tensors = heads(b, h, kv, tokens, count, 16, 12)
+    last = torch.arange(count) * 4 + 7
+    seen = (last <= torch.arange(keys - tokens, keys)[:, None]) | (not causal)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return longspan.attention(q, k, v, seen, return_lse=True)
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return longspan.compressed_attention(
+            q, k, v, keys=keys, compress_length=8, compress_stride=4, causal=causal
+        )
+
+    def beside(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.longspan.select_blocks(q, k, v, None, None, keys, 8, 4, 16, 3, causal, 0.25)[1:]
+
+    want = results(dense, tensors)
+    assert_agree(results(alone, tensors), want)
+    assert_agree(results(beside, tensors), want)
+
+
 def test_compiles_whole(fresh_compiler: None) -> None:
     tensors = inputs(1, 8, 2, 100, 100)
     compiled = torch.compile(ours(**SMALL), fullgraph=True, backend="aot_eager")

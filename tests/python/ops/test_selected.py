@@ -239,8 +239,11 @@ def test_opcheck(requires_grad: bool) -> None:
         opcheck(torch.ops.longspan.selected_attention_backward.default, (*saved, *rest))
         k_cmp = torch.randn(2, 2, 8, 24)
         counts = torch.randint(1, 4, (2, 2, 150))
-        arguments = (inputs[0], k_cmp, None, counts, 150, 32, 16, 32, 3, True, 0.2)
-        opcheck(torch.ops.longspan.select_blocks.default, arguments)
+        arguments = (None, counts, 150, 32, 16, 32, 3, True, 0.2)
+        opcheck(torch.ops.longspan.select_blocks.default, (inputs[0], k_cmp, None, *arguments))
+    v_cmp, k_cmp = torch.randn(2, 2, 2, 8, 24).requires_grad_(requires_grad)
+    arguments = (None, None, 150, 32, 16, 32, 3, True, 0.2)
+    opcheck(torch.ops.longspan.select_blocks.default, (inputs[0], k_cmp, v_cmp, *arguments))
 
 
 def test_compiles_whole(fresh_compiler: None) -> None:
@@ -300,10 +303,10 @@ def selected(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     if isinstance(count, Tensor):
         count, counts = int(count.max()), count
     wanted = reference.selected.select_blocks(
-        q, k, options["cache_seqlens"], counts, keys, options.get("compress_length", 32),
+        q, k, None, options["cache_seqlens"], counts, keys, options.get("compress_length", 32),
         options.get("compress_stride", 16), options.get("block_size", 64), count, options["causal"],
         q.shape[-1] ** -0.5,
-    )  # fmt: skip
+    )[0]  # fmt: skip
     return found, wanted
 
 
