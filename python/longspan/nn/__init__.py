@@ -8,7 +8,9 @@ from longspan.nn.linear_attention import LinearAttention
 from longspan.nn.lsh import LSHAttention, LSHCache
 from longspan.nn.mamba import Mamba
 from longspan.nn.mamba2 import Mamba2
+from longspan.nn.moba import MixtureOfBlockAttention
 from longspan.nn.norm import RMSNormGated
+from longspan.nn.nsa import NativeSparseAttention, SpanCompression
 from longspan.nn.performer import PerformerAttention
 from longspan.nn.retention import MultiScaleRetention
 from longspan.nn.rotary import RotaryEmbedding
@@ -32,12 +34,15 @@ __all__ = [
     "LongformerSelfAttention",
     "Mamba",
     "Mamba2",
+    "MixtureOfBlockAttention",
     "MultiScaleRetention",
+    "NativeSparseAttention",
     "PerformerAttention",
     "RMSNormGated",
     "RecurrentState",
     "RotaryEmbedding",
     "RoutingAttention",
     "RoutingCache",
+    "SpanCompression",
     "SparseTransformerAttention",
 ]
