@@ -1,7 +1,7 @@
 """transformers on longspan.
 
 `register` makes ``attn_implementation="longspan"`` known; `accelerate` gives layers of a model faster
-forwards.
+forwards; `extend_context` has a model read further than it was trained to.
 
 Example::
 
@@ -9,6 +9,8 @@ Example::
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longspan")
 
     longspan.hf.accelerate(model)  # Mamba and its relatives
+
+    longspan.hf.extend_context(model, "yarn", factor=4)
 """
 
 try:
@@ -18,6 +20,19 @@ except ImportError as error:
 
 from longspan.hf.accelerate import Accelerated, accelerate
 from longspan.hf.attention import longspan_attention, register
+from longspan.hf.caches import GrowingCache, UnrotatedCache, WindowCache
+from longspan.hf.extend import Extended, extend_context
 from longspan.hf.masks import longspan_mask
 
-__all__ = ["Accelerated", "accelerate", "longspan_attention", "longspan_mask", "register"]
+__all__ = [
+    "Accelerated",
+    "Extended",
+    "GrowingCache",
+    "UnrotatedCache",
+    "WindowCache",
+    "accelerate",
+    "extend_context",
+    "longspan_attention",
+    "longspan_mask",
+    "register",
+]
