@@ -1,6 +1,6 @@
 """What an extended model is (`Extension`), and one forward of it (`Pass`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,13 +33,15 @@ class Extension:
         self._running = 0
 
     def __copy__(self) -> "Extension":
+        """Itself."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Extension":
+        """Itself: a copied model goes on with copies of its caches."""
         return self
 
     @contextmanager
-    def running(self) -> Any:
+    def running(self) -> Iterator[None]:
         """While the model's own forward runs, its caches may be written."""
         self._running += 1
         try:
@@ -51,8 +53,8 @@ class Extension:
         """Raise where someone else writes a cache."""
         if not self._running:
             raise RuntimeError(
-                f"cache: expected use by the model that extend_context(..., cache={self.kind!r}) made it "
-                "for, before its undo(): the keys in it were rotated, or left unrotated, for that model"
+                f"cache: expected use by the model that extend_context(cache={self.kind!r}) made it for, "
+                "before its undo(): the keys in it were rotated, or left unrotated, for that model"
             )
 
 
@@ -100,7 +102,7 @@ class Pass:
         return self._made[key]
 
     def positions_after(self, before: Tensor | None) -> Tensor:
-        """Positions (1 or B, n + T) in a cache that had (1 or B, n); the same object for the same one."""
+        """Positions (1 or B, n + T) in a cache that had (1 or B, n); one object for each that comes."""
         if self._positions_after is None or self._positions_after[0] is not before:
             after = self.positions
             if before is not None:

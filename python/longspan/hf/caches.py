@@ -21,7 +21,7 @@ from longspan.hf._pass import Extension, Pass
 
 
 class _Room:
-    """Memory (B, H, capacity, D) whose first rows are some tensor's, for the next ones to be appended."""
+    """Memory (B, H, capacity, D) whose first rows are some tensor's, with room for the next ones."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
@@ -103,12 +103,14 @@ class UnrotatedLayer(GrowingLayer):
         """All keys, rotated with the frequencies of this forward. Once after each update."""
         self.written = False
         self.positions = step.positions_after(self.positions)
-        before, new = self._rotated, self.keys.shape[2] - step.tokens
+        keys, before = self.keys, self._rotated
+        assert keys is not None
+        new = keys.shape[2] - step.tokens
         if before is not None and before.shape[2] == new and self._frequencies is step.frequencies:
-            turned = step.rotate(self.keys[:, :, new:], step.positions)
+            turned = step.rotate(keys[:, :, new:], step.positions)
             self._rotated = self._rotated_room.append(before, turned)
         else:
-            self._rotated = step.rotate(self.keys, self.positions)
+            self._rotated = step.rotate(keys, self.positions)
         self._frequencies = step.frequencies
         return self._rotated
 
@@ -128,7 +130,7 @@ class UnrotatedLayer(GrowingLayer):
             self.positions = self.positions[:, : self.get_seq_length()]
         self._changed()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows of the batch in this order."""
         super().reorder_cache(beam_idx)
         self._take_positions(beam_idx)
@@ -151,6 +153,52 @@ class UnrotatedLayer(GrowingLayer):
         self._changed()
 
 
+class _Tail:
+    """The last ``most`` rows of a (B, H, n, D) that goes on, in memory of a few times as many."""
+
+    def __init__(self, rows: Tensor, most: int) -> None:
+        self.rows, self.most = rows, most
+        self._memory: Tensor | None = None  # in which rows begin here
+        self._begin = 0
+
+    def append(self, new: Tensor) -> Tensor:
+        """Rows and new ones after them (B, H, kept + T, D), of which the last are kept."""
+        kept, tokens = self.rows.shape[2], new.shape[2]
+        in_place = _writable_in_place(self.rows, new)
+        if in_place and tokens <= self.most:
+            begin = self._room(new, kept + tokens)
+            assert self._memory is not None
+            self._memory[:, :, begin + kept : begin + kept + tokens] = new
+            all_rows = self._memory[:, :, begin : begin + kept + tokens]
+            self._begin = begin + max(kept + tokens - self.most, 0)
+        else:
+            self._memory = None
+            all_rows = torch.cat([self.rows, new], dim=2)
+        self.rows = all_rows[:, :, max(kept + tokens - self.most, 0) :]
+        if in_place and self._memory is None:
+            self.rows = self.rows.clone()  # so that the long rest can go
+        return all_rows
+
+    def _room(self, new: Tensor, rows: int) -> int:
+        """Where in the memory the kept rows lie, with room for ``rows`` from there on."""
+        memory = self._memory
+        if (
+            memory is None
+            or memory.shape[:2] != new.shape[:2]
+            or (memory.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            memory = self._memory = new.new_empty(*new.shape[:2], 4 * self.most + 64, new.shape[3])
+        elif self._begin + rows <= memory.shape[2]:
+            return self._begin
+        # At the end of the memory kept rows lie behind twice as many others: they do not overlap.
+        memory[:, :, : self.rows.shape[2]] = self.rows
+        return 0
+
+    def select(self, rows: Tensor) -> None:
+        """Take these rows of the batch."""
+        self.rows, self._memory = self.rows[rows], None
+
+
 class WindowLayer(CacheLayerMixin):
     """The first ``sink_tokens`` and the last ``window - 1`` tokens: all that the next token can see.
 
@@ -160,7 +208,7 @@ class WindowLayer(CacheLayerMixin):
     against the sinks at ``min(place, sink_tokens + window - 1)``, where the cache ends.
     """
 
-    is_sliding = False  # to transformers' masks it is a cache like others; they are not looked at
+    is_sliding = False  # its masks are not transformers'
     is_croppable = False
 
     def __init__(self, extension: Extension, window: int, sink_tokens: int) -> None:
@@ -170,19 +218,21 @@ class WindowLayer(CacheLayerMixin):
         self.cumulative_length = 0
         self.written = False  # since attention looked
         self.padding: Tensor | None = None  # (B,), None for none
-        self.sink_keys: Tensor | None = None  # (B, H, sink_tokens, D)
-        self.sink_values: Tensor | None = None
-        self._memory: tuple[Tensor, Tensor] | None = None
-        self._begin = 0  # of the keys in the memory
+        self._sinks: list[Tensor] = []  # keys and values (B, H, sink_tokens, D)
+        self._tails: list[_Tail] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take shape, dtype and device of the first keys and values."""
-        batch, heads, _, _ = key_states.shape
         self.device = key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.sink_keys = key_states.new_zeros(batch, heads, self.sink_tokens, key_states.shape[3])
-        self.sink_values = value_states.new_zeros(batch, heads, self.sink_tokens, value_states.shape[3])
+        both = (key_states, value_states)
+        self._tails = [_Tail(x[:, :, :0], self.window - 1) for x in both]
+        self._sinks = [x.new_zeros(*x.shape[:2], self.sink_tokens, x.shape[3]) for x in both]
         self.is_initialized = True
+
+    @property
+    def sinks(self) -> list[Tensor]:
+        """Keys, rotated, and values of the first tokens (B, H, sink_tokens, D)."""
+        return self._sinks
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -199,70 +249,24 @@ class WindowLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         if step.padding is not None:
             self.padding = step.padding
-        past, tokens = self.cumulative_length, k.shape[2]
-        self._take_sinks(step, k, v, past)
-        k = step.rotate(k, step.slots)
-        keys, values = self._append(k, v)
-        kept = min(keys.shape[2], self.window - 1)
-        if self._memory is None and _writable_in_place(keys, k):  # of one long pass, not to be kept
-            self.keys, self.values = (x[:, :, x.shape[2] - kept :].clone() for x in (keys, values))
-        else:
-            self.keys, self.values = (x[:, :, x.shape[2] - kept :] for x in (keys, values))
-        self.cumulative_length = past + tokens
+        self._take_sinks(step, k, v)
+        keys, values = (tail.append(x) for tail, x in zip(self._tails, (step.rotate(k, step.slots), v)))
+        self.keys, self.values = (tail.rows for tail in self._tails)
+        self.cumulative_length += step.tokens
         return keys, values
 
-    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept rows and new ones after them: (B, H, kept + T, D).
-
-        Within memory of a few windows the rows move on; at its end they go back to its begin.
-        """
-        kept, tokens = self.keys.shape[2], k.shape[2]
-        if tokens > self.window or not _writable_in_place(self.keys, k):
-            self._memory = None
-            return torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-        if self._memory is None or not self._is_ours(self._memory[0]):
-            self._memory = tuple(  # type: ignore[assignment]
-                x.new_empty(*x.shape[:2], 4 * self.window + 64, x.shape[3]) for x in (k, v)
-            )
-            self._begin = self._memory[0].shape[2]
-        begin, capacity = self._begin, self._memory[0].shape[2]
-        # Kept rows are the last ones of what was appended before.
-        if begin + kept + tokens > capacity:
-            begin = 0
-            for memory, rows in zip(self._memory, (self.keys, self.values)):
-                memory[:, :, :kept] = rows  # which lie at least two windows further on
-        for memory, rows in zip(self._memory, (k, v)):
-            memory[:, :, begin + kept : begin + kept + tokens] = rows
-        end = begin + kept + tokens
-        keys, values = (memory[:, :, begin:end] for memory in self._memory)
-        self._begin = end - min(kept + tokens, self.window - 1)
-        return keys, values
-
-    def _is_ours(self, memory: Tensor) -> bool:
-        return (
-            self.keys.shape[:2] == memory.shape[:2]
-            and self.keys.data_ptr() == memory[:, :, self._begin :].data_ptr()
-            and (not memory.is_inference() or torch.is_inference_mode_enabled())
-        )
-
-    def _take_sinks(self, step: Pass, k: Tensor, v: Tensor, past: int) -> None:
-        """Where first tokens are among the new ones, keep them: (B, H, sink_tokens, D)."""
-        first = 0 if self.padding is None else self.padding[:, None]
-        at = first + torch.arange(self.sink_tokens, device=k.device) - past
-        at = at.expand(k.shape[0], -1)
+    def _take_sinks(self, step: Pass, k: Tensor, v: Tensor) -> None:
+        """Where first tokens are among the new ones, keep them."""
+        places = step.once("sinks", lambda: torch.arange(self.sink_tokens, device=k.device)[None])
+        at = places - step.past if self.padding is None else places - step.past + self.padding[:, None]
         here = (at >= 0) & (at < k.shape[2])
         if not bool(here.any()):
             return
-        assert self.sink_keys is not None and self.sink_values is not None
-        index, here = at.clamp(0, k.shape[2] - 1)[:, None, :, None], here[:, None, :, None]
-
-        def gathered(x: Tensor) -> Tensor:
-            return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-
-        places = step.once("sinks", lambda: torch.arange(self.sink_tokens, device=k.device)[None])
-        turned = step.rotate(gathered(k), places)
-        self.sink_keys = torch.where(here, turned, self.sink_keys)
-        self.sink_values = torch.where(here, gathered(v), self.sink_values)
+        index = at.clamp(0, k.shape[2] - 1).expand(k.shape[0], -1)[:, None, :, None]
+        first = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v)]
+        first[0] = step.rotate(first[0], places)
+        here = here[:, None, :, None]
+        self._sinks = [torch.where(here, x, old) for x, old in zip(first, self._sinks)]
 
     def get_seq_length(self) -> int:
         """Tokens so far, most of them forgotten."""
@@ -288,27 +292,27 @@ class WindowLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized, self.written, self.cumulative_length = False, False, 0
-        self.keys = self.values = self.sink_keys = self.sink_values = None
-        self.padding = self._memory = None
+        self.keys = self.values = self.padding = None
+        self._sinks, self._tails = [], []
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows of the batch in this order."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         if self.is_initialized:
-            assert self.sink_keys is not None and self.sink_values is not None
             indices = indices.to(self.device)
-            self.keys, self.values = self.keys[indices], self.values[indices]
-            self.sink_keys, self.sink_values = self.sink_keys[indices], self.sink_values[indices]
+            for tail in self._tails:
+                tail.select(indices)
+            self.keys, self.values = (tail.rows for tail in self._tails)
+            self._sinks = [x[indices] for x in self._sinks]
             self.padding = None if self.padding is None else self.padding[indices]
-            self._memory = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         if self.is_initialized:
-            rows = torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats)
+            rows = torch.arange(len(self._sinks[0]), device=self.device).repeat_interleave(repeats)
             self.batch_select_indices(rows)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from longspan import rope
@@ -305,12 +304,10 @@ def _check_cache(
         raise wrong("sink_tokens", "a number of tokens from 0", sink_tokens)
     if attention != "longspan":
         raise wrong("attention", "longspan with cache='window'", attention)
-    sliding = [
-        getattr(module, "sliding_window", None)
-        for module in (*decoder.modules(), decoder.config)
-        if isinstance(module, (nn.Module, PreTrainedConfig))
-    ]
-    narrow = [size for size in sliding if isinstance(size, int) and size < window]
+    owners = [decoder.config]
+    owners += decoder.modules()
+    sizes = [getattr(owner, "sliding_window", None) for owner in owners]
+    narrow = [size for size in sizes if isinstance(size, int) and size < window]
     if narrow and getattr(decoder.config, "use_sliding_window", True):
         raise wrong("window", f"no more than the model's own sliding window, {min(narrow)}", window)
 
@@ -334,13 +331,14 @@ def _settings(
             f"extend_context: method: expected None, as the model's configuration is scaled by "
             f"{own['method']} already and scalings do not compose, got {method!r}"
         )
-    kept = {name: own[name] for name in ("base", "partial_rotary_factor") if name in own}
+    of_model = ("head_dim", "base", "partial_rotary_factor")
+    settings: dict[str, Any] = {name: own[name] for name in of_model if name in own}
     trained = getattr(config, "original_max_position_embeddings", None)
     trained = config.max_position_embeddings if trained is None else trained
     if isinstance(method, Mapping):
         settings = _of_dictionary(method, factor, options, own, trained)
     else:
-        settings = {"method": method, **kept, "head_dim": own["head_dim"], **options}
+        settings = {"method": method, **settings, **options}
         if takes_factor(method) and not options.get("dynamic"):
             settings["factor"] = 4.0 if factor is None else factor
         elif factor is not None:
@@ -381,7 +379,7 @@ def _stored(
 ) -> tuple[dict[str, Any], int]:
     """rope_parameters and max_position_embeddings for a configuration."""
     method, options = settings["method"], dict(settings)
-    out = {"rope_theta": options.pop("base", 10000.0)}
+    out: dict[str, Any] = {"rope_theta": options.pop("base", 10000.0)}
     own = config.rope_parameters.get("partial_rotary_factor")
     if own is not None:
         out["partial_rotary_factor"] = own

@@ -26,7 +26,7 @@ def unrotated_name(attention: str) -> str:
     if attention not in functions.valid_keys() or attention not in masks.valid_keys():
         raise ValueError(
             "extend_context: attention: expected, with cache='unrotated', a registered implementation "
-            f"that is a function of rotated queries and keys, such as longspan or sdpa, got {attention!r}"
+            f"that takes rotated queries and keys, such as longspan or sdpa, got {attention!r}"
         )
     inner = functions[attention]
 
@@ -134,7 +134,7 @@ def windowed_attention(
             ),
         )
         sink_out, sink_lse = attention(
-            step.rotate(query, at), layer.sink_keys, layer.sink_values, causal=True,
+            step.rotate(query, at), *layer.sinks, causal=True,
             key_ranges=step.once(("sinks", batch, padded), lambda: ranges(0, sinks, past - unpadded)),
             scale=scaling, dropout_p=dropout, return_lse=True,
         )  # fmt: skip

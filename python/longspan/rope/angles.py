@@ -36,6 +36,7 @@ class Angles:
     """Cosines and sines of one setting, shared by all modules that have it."""
 
     def __init__(self, settings: dict[str, Any], unscaled_tokens: int) -> None:
+        """Begin with the frequencies of the trained length."""
         self.settings, self.unscaled_tokens = settings, unscaled_tokens
         self.growing = settings["method"] in GROWING or bool(settings.get("dynamic"))
         self.now = self._frequencies(None)
@@ -50,6 +51,7 @@ class Angles:
         self.table: tuple[Tensor, Tensor] | None = None
 
     def __reduce__(self) -> Any:
+        """A copy is the shared one again."""
         return shared_angles, (self.settings, self.unscaled_tokens)
 
     def _frequencies(self, seq_len: int | None) -> tuple[Tensor, float]:
