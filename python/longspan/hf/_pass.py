@@ -53,8 +53,8 @@ class Extension:
         """Raise where someone else writes a cache."""
         if not self._running:
             raise RuntimeError(
-                f"cache: expected use by the model that extend_context(cache={self.kind!r}) made it for, "
-                "before its undo(): the keys in it were rotated, or left unrotated, for that model"
+                f"cache: expected use by the model that extend_context(cache={self.kind!r}) made it for,"
+                " before its undo(): the keys in it were rotated, or left unrotated, for that model"
             )
 
 

@@ -24,14 +24,20 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], **options: A
     """
     ours = Replacement(forward, module, **options)
     ours.of_class = type(module).__name__
-    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    before = module.__dict__.get(slot)
+    ours.replaced = patched_forward(module)
+    setattr(module, _slot(module), ours)
+
+
+def patched_forward(module: nn.Module) -> Any:
+    """What stands in the place of the class's own forward, other than a replacement; None for nothing."""
+    before = module.__dict__.get(_slot(module))
     if isinstance(before, Replacement):
-        before = before.replaced
-    elif getattr(before, "__func__", None) is type(module).forward:
-        before = None  # the class's own, bound
-    ours.replaced = before
-    setattr(module, slot, ours)
+        return before.replaced
+    return None if getattr(before, "__func__", None) is type(module).forward else before
+
+
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
 def replacements(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Replacement]]:

@@ -249,6 +249,8 @@ class WindowLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         if step.padding is not None:
             self.padding = step.padding
+        if not torch.is_inference_mode_enabled():  # where autograd may want to save them
+            self._sinks = [x.clone() if x.is_inference() else x for x in self._sinks]
         self._take_sinks(step, k, v)
         keys, values = (tail.append(x) for tail, x in zip(self._tails, (step.rotate(k, step.slots), v)))
         self.keys, self.values = (tail.rows for tail in self._tails)

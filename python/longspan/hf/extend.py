@@ -13,7 +13,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from longspan import rope
 from longspan.hf._pass import CacheKind, Extension, Pass
-from longspan.hf._replace import Undoable, give_back, known_class, replace_forward, replacements
+from longspan.hf._replace import (
+    Undoable,
+    give_back,
+    known_class,
+    patched_forward,
+    replace_forward,
+    replacements,
+)
 from longspan.hf.attention import register
 from longspan.hf.caches import (
     GrowingCache,
@@ -257,8 +264,9 @@ def _change(
 
     names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     replace_forward(
-        decoder, _decoder_forward, extension=extension, names=names, implementation=implementation
-    )
+        decoder, _decoder_forward, extension=extension, names=names, implementation=implementation,
+        inner=patched_forward(decoder),
+    )  # fmt: skip
     forward = _rotary_forward if extension.kind == "full" else _unturned_forward
     replace_forward(rotary, forward, extension=extension)
 
@@ -276,12 +284,13 @@ def _decoder(model: Any) -> Any:
             f"extend_context: model: expected one decoder in it out of {names}, found {len(found)} in "
             f"{type(model).__name__}"
         )
-    if any(replacements([found[0], found[0].rotary_emb])):
+    decoder: Any = found[0]
+    if any(replacements([decoder, decoder.rotary_emb])):
         raise ValueError(
             "extend_context: model: expected one that is not extended, got one that is; call undo() of "
             "what extend_context returned first"
         )
-    return found[0]
+    return decoder
 
 
 def _check_cache(
@@ -446,6 +455,7 @@ def _decoder_forward(
     extension: Extension,
     names: tuple[str, ...],
     implementation: str,
+    inner: Callable[..., Any] | None,
     **kwargs: Any,
 ) -> Any:
     """The model's own forward, with our cache and with positions that count no padding."""
@@ -468,10 +478,8 @@ def _decoder_forward(
         if extension.kind != "full":
             padding = _padding(kwargs, positions, cache, past) if extension.kind == "window" else None
             kwargs["rotary_pass"] = Pass(extension, cache, positions, past, padding)
-    found = next(found for _, _, found in replacements([decoder]))
-    forward = found.replaced or functools.partial(type(decoder).forward, decoder)
     with extension.running():
-        return forward(**kwargs)
+        return type(decoder).forward(decoder, **kwargs) if inner is None else inner(**kwargs)
 
 
 def _positions(kwargs: dict[str, Any], given: Tensor, past: int) -> Tensor:
