@@ -29,7 +29,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], **options: A
 
 
 def patched_forward(module: nn.Module) -> Any:
-    """What stands in the place of the class's own forward, other than a replacement; None for nothing."""
+    """What stands in the place of the class's own forward and is no replacement; None for nothing."""
     before = module.__dict__.get(_slot(module))
     if isinstance(before, Replacement):
         return before.replaced
