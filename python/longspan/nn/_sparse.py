@@ -1,4 +1,4 @@
-"""What sparse self-attention shares: masks that are made once, and Longformer's two softmaxes.
+"""What sparse self-attention shares: masks made once, a base of layers, Longformer's two softmaxes.
 
 For `longspan.nn`'s layers and, through `longspan.hf`, for transformers'.
 """
@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.ops._checks import autocasts
+from longspan.ops._checks import (
+    autocasts,
+    check_bool,
+    check_floating,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from longspan.ops.attention import attention
 from longspan.ops.block_sparse import block_sparse_attention
 from longspan.patterns import BlockMask, longformer
@@ -101,6 +108,45 @@ def merge_heads(x: Tensor) -> Tensor:
 def without_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """x (B, T, C), 0 where ``key_mask`` (B, T) is False."""
     return x if key_mask is None else torch.where(key_mask[..., None], x, 0)
+
+
+class SelfAttention(nn.Module):
+    """What sparse layers share: heads, and padding."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_positive(name, "hidden_size", hidden_size)
+        check_positive(name, "num_heads", num_heads)
+        if head_dim is not None:
+            check_positive(name, "head_dim", head_dim)
+        elif hidden_size % num_heads:
+            raise ValueError(
+                f"{name}: hidden_size: expected a multiple of num_heads, {num_heads}, got {hidden_size}"
+            )
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+
+    def _check(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """x, with zeros for padding: whatever it holds reaches no product."""
+        name = type(self).__name__
+        check_tensor(name, "x", x)
+        check_floating(name, "x", x)
+        check_shape(name, "x", x, (None, None, self.hidden_size), "(batch, tokens, hidden_size)")
+        if key_mask is None:
+            return x
+        self._check_bool("key_mask", key_mask, x)
+        return without_padding(x, key_mask)
+
+    def _check_bool(self, label: str, mask: Tensor, x: Tensor) -> None:
+        check_bool(type(self).__name__, label, mask, x.shape[:2], "(batch, tokens)")
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, key_mask: Tensor | None
+    ) -> Tensor:
+        """Of projected rows (B, T, H * D), 0 for padding, which ``mask`` hides."""
+        q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))
+        return without_padding(merge_heads(block_sparse_attention(q, k, v, mask)), key_mask)
 
 
 def longformer_attention(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.nn._coded import CodedCache, check_coded
-from longspan.nn.sparse import _SelfAttention, _without_padding
+from longspan.nn._sparse import SelfAttention, merge_heads, split_heads, without_padding
 from longspan.ops._checks import check_between, check_positive
 from longspan.ops.lsh import (
     Buckets,
@@ -34,7 +34,7 @@ class LSHCache(CodedCache):
     num_buckets: Buckets
 
 
-class LSHAttention(_SelfAttention):
+class LSHAttention(SelfAttention):
     """Reformer's self-attention with shared queries and keys, in hashed chunks.
 
     ``y = o_proj(lsh_attention(query_key(x), value(x)))``: see `longspan.lsh_attention` (Kitaev, Kaiser
@@ -149,7 +149,10 @@ class LSHAttention(_SelfAttention):
             RuntimeError: A gradient is asked for through a cache.
         """
         x = self._check(x, key_mask)
-        qk, v = self._heads(self.query_key(x)), self._heads(self.value(x))
+        qk, v = (
+            split_heads(self.query_key(x), self.num_heads),
+            split_heads(self.value(x), self.num_heads),
+        )
         if cache is not None:
             out = self._cached(qk, v, cache, key_mask)
         else:
@@ -158,7 +161,7 @@ class LSHAttention(_SelfAttention):
                 qk, v, num_hashes=self.num_hashes, num_buckets=self.num_buckets, causal=self.causal,
                 key_mask=key_mask, seed=self.hash_seed, dropout_p=dropout, **self._options,
             )  # fmt: skip
-        return _without_padding(self.o_proj(out.transpose(1, 2).flatten(2)), key_mask)
+        return without_padding(self.o_proj(merge_heads(out)), key_mask)
 
     def extra_repr(self) -> str:
         """The options that are not modules."""

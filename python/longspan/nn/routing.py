@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.nn._coded import CodedCache, check_coded
-from longspan.nn.sparse import _SelfAttention, _without_padding
+from longspan.nn._sparse import SelfAttention, merge_heads, split_heads, without_padding
 from longspan.ops._checks import check_between, check_positive, sum_dtype
 from longspan.ops.routing import (
     routing_attention,
@@ -31,7 +31,7 @@ class RoutingCache(CodedCache):
     """
 
 
-class RoutingAttention(_SelfAttention):
+class RoutingAttention(SelfAttention):
     """The Routing Transformer's self-attention: within clusters that k-means finds as training goes on.
 
     ``y = o_proj(routing_attention(q_proj(x), k_proj(x), v_proj(x)))``: see `longspan.routing_attention`
@@ -163,7 +163,7 @@ class RoutingAttention(_SelfAttention):
         """
         x = self._check(x, key_mask)
         projected = (self.q_proj(x), None if self.k_proj is None else self.k_proj(x), self.v_proj(x))
-        q, k, v = (None if y is None else self._heads(y) for y in projected)
+        q, k, v = (None if y is None else split_heads(y, self.num_heads) for y in projected)
         assert q is not None
         assert v is not None
         q = F.layer_norm(q, (self.head_dim,)).to(v.dtype)
@@ -178,7 +178,7 @@ class RoutingAttention(_SelfAttention):
                 q, k, v, self.centroids, window_size=self.window_size, causal=self.causal,
                 key_mask=key_mask, dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
-        out = _without_padding(self.o_proj(out.transpose(1, 2).flatten(2)), key_mask)
+        out = without_padding(self.o_proj(merge_heads(out)), key_mask)
         if not return_loss:
             return out
         losses = [routing_loss(y, self.centroids, key_mask=key_mask) for y in routed]

@@ -7,58 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from longspan.nn._sparse import (
+    SelfAttention,
     cached_mask,
     longformer_attention,
     longformer_mask,
-    merge_heads,
-    split_heads,
     without_padding,
 )
-from longspan.ops._checks import check_bool, check_floating, check_positive, check_shape, check_tensor
-from longspan.ops.block_sparse import block_sparse_attention
+from longspan.ops._checks import check_positive
 from longspan.patterns import BlockMask, bigbird, sparse_transformer
 
 
-class _SelfAttention(nn.Module):
-    """What sparse layers share: heads, and padding."""
-
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None) -> None:
-        super().__init__()
-        name = type(self).__name__
-        check_positive(name, "hidden_size", hidden_size)
-        check_positive(name, "num_heads", num_heads)
-        if head_dim is not None:
-            check_positive(name, "head_dim", head_dim)
-        elif hidden_size % num_heads:
-            raise ValueError(
-                f"{name}: hidden_size: expected a multiple of num_heads, {num_heads}, got {hidden_size}"
-            )
-        self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
-
-    def _check(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """x, with zeros for padding: whatever it holds reaches no product."""
-        name = type(self).__name__
-        check_tensor(name, "x", x)
-        check_floating(name, "x", x)
-        check_shape(name, "x", x, (None, None, self.hidden_size), "(batch, tokens, hidden_size)")
-        if key_mask is None:
-            return x
-        self._check_bool("key_mask", key_mask, x)
-        return without_padding(x, key_mask)
-
-    def _check_bool(self, label: str, mask: Tensor, x: Tensor) -> None:
-        check_bool(type(self).__name__, label, mask, x.shape[:2], "(batch, tokens)")
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, key_mask: Tensor | None
-    ) -> Tensor:
-        """Of projected rows (B, T, H * D), 0 for padding, which ``mask`` hides."""
-        q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))
-        return without_padding(merge_heads(block_sparse_attention(q, k, v, mask)), key_mask)
-
-
-class LongformerSelfAttention(_SelfAttention):
+class LongformerSelfAttention(SelfAttention):
     """Longformer's attention: a window for each token, and global tokens with projections of their own.
 
     A token sees its window and the global tokens, in one softmax; a global token sees everything,
@@ -152,7 +111,7 @@ class LongformerSelfAttention(_SelfAttention):
         )
 
 
-class BigBirdSelfAttention(_SelfAttention):
+class BigBirdSelfAttention(SelfAttention):
     """BigBird's attention: neighbouring, random and global blocks (Zaheer et al. 2020).
 
     Parameters are named as in transformers' ``BigBirdBlockSparseAttention``, so its state_dict loads;
@@ -227,7 +186,7 @@ class BigBirdSelfAttention(_SelfAttention):
         )
 
 
-class SparseTransformerAttention(_SelfAttention):
+class SparseTransformerAttention(SelfAttention):
     """The Sparse Transformer's attention, causal: strided or fixed factors (Child et al. 2019).
 
     ``y = o_proj(attention(q_proj(x), k_proj(x), v_proj(x)))`` over
