@@ -1,7 +1,7 @@
 // One chunk of the delta rule: a few tokens of a run, one value head. With a_t the sum of gates over the
 // chunk's tokens up to and with t (decay.h), S the state before it, and rows of q, k, v and r,
 //
-//   P[t][s] = (k_t . k_s) exp(a_t - a_s)     for s < t, else 0        M[t][s] likewise of q_t, for s <= t
+//   P[t][s] = (k_t . k_s) exp(a_t - a_s)     for s < t, else 0      M[t][s] likewise of q_t, for s <= t
 //   X_t     = v_t - exp(a_t) k_t S                                    what the state before gets wrong
 //   r_t     = X_t - sum of P[t][s] beta_s r_s                         what the one at t does
 //   N_t     = beta_t r_t                                              what is written
