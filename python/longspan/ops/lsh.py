@@ -263,22 +263,33 @@ def lsh_attention_step(
     v_cache[row, :, length - 1] = v[:, :, 0]
     bucket_cache[row, :, :, length - 1] = new[..., 0].to(bucket_cache.dtype)
 
+    # A number for each cached token that orders them as lsh_attention sorts them. Only the new token's
+    # neighbours in that order are looked for: sorting all would take longer than exact attention.
     length = length[:, None, None, None]
-    position = torch.arange(used, device=qk.device)
-    bucket = (
-        bucket_cache[..., :used].long().masked_fill(position >= length, torch.iinfo(torch.int64).max)
-    )
-    order = torch.sort(bucket, dim=-1, stable=True).indices
-    # The new token is the last of its bucket.
-    rank = (bucket <= new).sum(-1, keepdim=True) - 1
+    count = math.prod(_factors(name, num_buckets))
+    small = torch.int32 if count * used < 2**31 else torch.int64
+    most = torch.iinfo(small).max
+    position = torch.arange(used, device=qk.device, dtype=small)
+    number = bucket_cache[..., :used].to(small) * used + position
+    if least < used:
+        number = number.masked_fill(position >= length, most)
+    own = new.to(small) * used + (length - 1).to(small)
+    not_after = number <= own
+    rank = not_after.sum(-1, keepdim=True) - 1
     first = (rank // chunk_length - chunks_before) * chunk_length
-    width = (1 + chunks_before + chunks_after) * chunk_length
-    slot = first + torch.arange(width, device=qk.device)
-    seen = (slot >= 0) & (slot < length)
-    token = order.gather(3, slot.clamp(0, used - 1))  # (B, H, R, width)
-    seen &= token != length - 1
+    end = first + (1 + chunks_before + chunks_after) * chunk_length
+    before = min((1 + chunks_before) * chunk_length, used)
+    after = min((1 + chunks_after) * chunk_length - 1, used)
+    # Descending from its own, which is left out, and ascending from the next.
+    lower = number.masked_fill(~not_after, -1).topk(before).values[..., 1:]
+    upper = number.masked_fill(not_after, most).topk(after, largest=False).values
+    steps = torch.arange(max(before, after) + 1, device=qk.device)[1:]
+    slot = torch.cat([rank - steps[: before - 1], rank + steps[:after]], dim=-1)
+    seen = (slot >= first) & (slot < end) & (slot >= 0) & (slot < length)
+    number = torch.cat([lower, upper], dim=-1)
+    token = (number % used).long()  # (B, H, R, width - 1)
     if not attend_across_buckets:
-        seen &= bucket.gather(3, token) == new
+        seen &= number // used == new
     token = torch.where(seen, token, used).flatten(2)
     if dedup:
         token = token.sort(-1).values
