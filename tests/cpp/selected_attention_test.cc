@@ -108,14 +108,15 @@ TEST_CASE("selected attention agrees with the dense reference", "[selected]") {
       const Results expected = reference(c.p, in);
       const bool wide = dtype == Dtype::kFloat || dtype == Dtype::kDouble;
       const double unit = epsilon_of(dtype) * (wide ? 64 : 2);
+      const double gradient = wide ? unit : 3 * unit;  // dS holds d_out . out, of an out that is rounded
       for (const Level& level : levels()) {
         INFO(level.name << ", " << name_of(dtype) << ", " << c.name);
         const Results one = run(*level.kernels, c, lists, in, 1);
         CHECK(distance(one.out, expected.out) <= unit);
         CHECK(distance(one.lse, expected.lse) <= unit);
-        CHECK(distance(one.dq, expected.dq) <= unit);
-        CHECK(distance(one.dk, expected.dk) <= unit);
-        CHECK(distance(one.dv, expected.dv) <= unit);
+        CHECK(distance(one.dq, expected.dq) <= gradient);
+        CHECK(distance(one.dk, expected.dk) <= gradient);
+        CHECK(distance(one.dv, expected.dv) <= gradient);
         const Results three = run(*level.kernels, c, lists, in, 3);
         CHECK(three.out == one.out);
         CHECK(three.lse == one.lse);

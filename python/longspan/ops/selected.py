@@ -51,8 +51,8 @@ def selected_attention(
     gradient. What a query cannot see never reaches its output or gradient, not even a NaN.
 
     A tile is the heads that share a list by the keys of a block, so it is fast where a list serves
-    several heads: 16 heads ran at 4 times the arithmetic rate of one. 16-bit tensors are computed in
-    float32.
+    several heads: with 64 channels and AVX-512, 16 heads ran at 83 % of the arithmetic rate of
+    `longspan.attention`, 4 at 63 %, one at 28 %. 16-bit tensors are computed in float32.
 
     Args:
         q: (B, H, T_q, D), float32, float64, bfloat16 or float16, any strides.
