@@ -198,7 +198,7 @@ def test_it_trains() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] > 2.5
     assert losses[-1] < 0.5 * losses[0]
 
