@@ -6,6 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels/levels.h"  // written by the build: LONGSPAN_EACH_LEVEL(X)
 #include "kernels/table.h"
 
@@ -18,9 +26,26 @@ LONGSPAN_EACH_LEVEL(LONGSPAN_DECLARE)
 namespace longspan {
 namespace {
 
+/// Whether there are tile registers, and the system lets this process use them, which has to be asked.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool processor_has(const char* level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (std::strcmp(level, "avx512_amx") == 0) {
+    static const bool has = processor_has("avx512_bf16") && has_amx();
+    return has;
+  }
   if (std::strcmp(level, "avx512_bf16") == 0) {
     return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
   }

@@ -31,12 +31,6 @@ enum class Gate {
   kChannel,  ///< one decay a head, token and key channel
 };
 
-struct GateTensor {
-  void* data = nullptr;
-  Dtype dtype = Dtype::kFloat;
-  int64_t batch = 0, token = 0, head = 0, channel = 0;
-};
-
 struct LinearAttentionParams {
   Dtype dtype = Dtype::kFloat;
   int64_t batch = 0, heads = 0, kv_heads = 0, tokens = 0, key_channels = 0, value_channels = 0;

@@ -17,7 +17,7 @@
 #include "kernels/decay.h"
 #include "kernels/linear_attention.h"
 #include "kernels/linear_attention_gate.h"
-#include "kernels/pack.h"
+#include "kernels/states.h"
 
 namespace longspan::LONGSPAN_ISA {
 
@@ -99,7 +99,6 @@ class LinearChunk {
   using E = typename Dot::Element;
   using T = typename Dot::Sum;
   static constexpr int L = kLanes<T>;
-  static constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat;
 
  public:
   explicit LinearChunk(const LinearAttentionParams& params)
@@ -114,8 +113,7 @@ class LinearChunk {
 
   /// The head's, or its key-value head's, rows from a token on.
   TokenRows rows(const SequenceTensor& x, const Run& run, int64_t head, int64_t token) const {
-    const int64_t at = run.batch * x.batch + token * x.token + head * x.head;
-    return {static_cast<char*>(x.data) + at * size_of(p.dtype), p.dtype, x.token};
+    return rows_of(x, p.dtype, run.batch, head, token);
   }
   TokenRows query_rows(const SequenceTensor& x, const LinearPlace& at) const {
     return rows(x, at.run, at.head, at.t0);
@@ -206,30 +204,13 @@ class LinearChunk {
 
   /// States that the caller has, dense; a null pointer is zeros.
   void load_state(const T* s, const T* z, LinearState<T> to) const {
-    if (s == nullptr) {
-      __builtin_memset(to.s, 0, size_t(state_size) * sizeof(T));
-    } else {
-      copy_rows<T>({s, kDtype, p.value_channels}, p.key_channels, p.value_channels, value_width, nullptr,
-                   to.s);
-    }
-    if (!p.normalized) return;
-    if (z == nullptr) {
-      __builtin_memset(to.z, 0, size_t(key_width) * sizeof(T));
-    } else {
-      copy_rows<T>({z, kDtype, p.key_channels}, 1, p.key_channels, key_width, nullptr, to.z);
-    }
+    LONGSPAN_ISA::load_state(s, p.value_channels, p.key_channels, p.value_channels, value_width, to.s);
+    if (p.normalized) LONGSPAN_ISA::load_state(z, 0, 1, p.key_channels, key_width, to.z);
   }
   void store_state(LinearState<T> from, T* s, T* z) const {
-    for (int64_t i = 0; i < p.key_channels; ++i) {
-      for (int64_t c = 0; c < p.value_channels; c += L) {
-        store_as<T>(s, kDtype, i * p.value_channels + c, load(from.s + i * value_width + c),
-                    p.value_channels - c);
-      }
-    }
-    if (!p.normalized) return;
-    for (int64_t i = 0; i < p.key_channels; i += L) {
-      store_as<T>(z, kDtype, i, load(from.z + i), p.key_channels - i);
-    }
+    LONGSPAN_ISA::store_state(from.s, value_width, p.key_channels, p.value_channels, s,
+                              p.value_channels);
+    if (p.normalized) LONGSPAN_ISA::store_state(from.z, key_width, 1, p.key_channels, z, 0);
   }
 
   // Where one lies among all: of the sequences' states, and of those between spans.

@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include "kernels/scratch.h"
+#include "kernels/tile_amx.h"
 #include "simd/simd.h"
 
 namespace longspan {
@@ -25,11 +26,16 @@ template <class Body>
 LS_INLINE void parallel_for(int64_t tasks, int threads, const Body& body) {
   threads = threads_for(tasks, threads);
   if (threads == 1) {
+    [[maybe_unused]] const TileUnit unit;
     for (int64_t task = 0; task < tasks; ++task) body(task, 0);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+#pragma omp parallel num_threads(threads)
+  {
+    [[maybe_unused]] const TileUnit unit;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+  }
 }
 
 /// Bytes of scratch, handed out in aligned pieces; lay_out is called twice, first to measure.

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "kernels/dtype.h"
+
 namespace longspan {
 
 inline constexpr int64_t kSpan = 256;
@@ -18,6 +20,13 @@ inline constexpr int64_t kSpan = 256;
 struct SequenceTensor {
   void* data = nullptr;
   int64_t batch = 0, token = 0, head = 0;
+};
+
+/// Numbers a token (or token and channel) in a dtype of their own: gates and the like. Any strides.
+struct GateTensor {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat;
+  int64_t batch = 0, token = 0, head = 0, channel = 0;
 };
 
 struct Run {

@@ -12,9 +12,11 @@
 //
 // A "Dot" says what one step of depth is. DotFloat and DotDouble: one multiply-add of scalars.
 // DotBf16: an element is a pair of bfloat16 in 32 bits, lower half first, and a step adds the
-// products of both halves to a float (vdpbf16ps), so K counts pairs.
+// products of both halves to a float (vdpbf16ps), so K counts pairs. Where the level has AMX, whole
+// blocks of 16 x 16 x 16 of them go there (tile_amx.h; scopes that multiply have a TileUnit).
 #pragma once
 
+#include "kernels/tile_amx.h"
 #include "simd/simd.h"
 
 namespace longspan::LONGSPAN_ISA {
@@ -156,10 +158,51 @@ struct Product {
   /// columns is a multiple of the lanes. Exactly one of A's strides is 1.
   template <Start kStart, bool kGuarded, bool kUnitDepth>
   void run_as(int64_t rows, int64_t columns, int64_t depth) const {
+#if defined(LONGSPAN_AMX)
+    if constexpr (Dot::kDepth == 2 && !kGuarded) {
+      const int64_t m = rows / 16 * 16, k = depth / 16 * 16;
+      if (m != 0 && k != 0) {
+        if constexpr (kStart == Start::kRescale || kStart == Start::kRescaleRows) {
+          scale<kStart>(m, columns);
+        }
+        AmxProduct{a, a_row, a_depth, b, ldb, c, ldc}.run(kStart == Start::kZero, m, columns, k);
+        if (k < depth) {
+          Product rest = *this;
+          rest.a += k * a_depth, rest.b += k * ldb;
+          rest.template run_in_vectors<Start::kAccumulate, false, kUnitDepth>(m, columns, depth - k);
+        }
+        if (m == rows) return;
+        Product rest = *this;
+        rest.a += m * a_row, rest.c += m * ldc;
+        if (kStart == Start::kRescaleRows) rest.rescale += m;
+        return rest.template run_in_vectors<kStart, false, kUnitDepth>(rows - m, columns, depth);
+      }
+    }
+#endif
+    run_in_vectors<kStart, kGuarded, kUnitDepth>(rows, columns, depth);
+  }
+
+  template <Start kStart>
+  LS_INLINE void scale(int64_t rows, int64_t columns) const {
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t n = 0; n < columns; n += kLanes<Sum>) {
+        Sum* at = c + m * ldc + n;
+        store(at, load(at) * (kStart == Start::kRescale ? load(rescale + n) : broadcast(rescale[m])));
+      }
+    }
+  }
+
+  template <Start kStart, bool kGuarded, bool kUnitDepth>
+  LS_INLINE void run_in_vectors(int64_t rows, int64_t columns, int64_t depth) const {
     constexpr int L = kLanes<Sum>;
     int64_t n = 0;
     for (; n + kTileColumns * L <= columns; n += kTileColumns * L) {
       column<kTileColumns, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+    }
+    if constexpr (kTileColumns > 2) {
+      for (; n + 2 * L <= columns; n += 2 * L) {
+        column<2, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+      }
     }
     for (; n < columns; n += L) column<1, kStart, kGuarded, kUnitDepth>(rows, n, depth);
   }

@@ -27,14 +27,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "block_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor row_begins, Tensor columns, "
       "Tensor row_patterns, Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, "
-      "Tensor? alibi_slopes, int list_batch, int list_heads, float scale, float softcap) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? dropout_seed, int list_batch, int list_heads, float scale, "
+      "float softcap, float dropout_p) -> (Tensor, Tensor)");
   // -> dq, dk, dv
   m.def(
       "block_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor row_begins, Tensor columns, Tensor row_patterns, "
       "Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, Tensor? alibi_slopes, "
-      "int list_batch, int list_heads, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
+      "Tensor? dropout_seed, int list_batch, int list_heads, float scale, float softcap, "
+      "float dropout_p) -> (Tensor, Tensor, Tensor)");
   // Writes k_new and v_new into the caches. -> out, log-sum-exp
   m.def(
       "attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
@@ -56,6 +57,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
       "Tensor? cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");
+  // x (R, D), directions_t (D, m rounded up to 16). -> y (R, m), and the maximum of each row of
+  // products: features, stabilised by it, where own_maximum, else the products for favor_exp_rows
+  m.def(
+      "favor_forward(Tensor x, Tensor directions_t, int features, bool own_maximum, float eps) "
+      "-> (Tensor, Tensor)");
+  // Writes exp(y - offset) + eps into y (R, m), offset (R,)
+  m.def("favor_exp_rows(Tensor(a!) y, Tensor offset, float eps) -> ()");
+  // d_y, y (R, m), x (R, D), directions (m, D rounded up to 16). -> dx
+  m.def("favor_backward(Tensor d_y, Tensor y, Tensor x, Tensor directions, float eps) -> Tensor");
   // x, z (R, N). -> out, 1 / root mean square (R, N / group_size)
   m.def(
       "rms_norm_gated_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? z, float eps, "
@@ -109,6 +119,22 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? norm, "
       "Tensor? gate, float scale, float eps) -> Tensor");
+  // q, k (B, H, T, K), v (B, HV, T, V), beta, gate (B, HV, T), states (B, HV, K, V) or, of packed
+  // sequences, (S, HV, K, V). -> out, last state, states between spans (kernels/runs.h); empty where not
+  // asked for
+  m.def(
+      "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? gate, "
+      "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool return_final_state, bool keep) "
+      "-> (Tensor, Tensor, Tensor)");
+  // -> dq, dk, dv, d_beta, d_gate, d_initial_state (empty where there are none)
+  m.def(
+      "delta_rule_backward(Tensor d_out, Tensor? d_state, Tensor boundaries, Tensor q, Tensor k, "
+      "Tensor v, Tensor beta, Tensor? gate, Tensor? initial_state, Tensor? cu_seqlens, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // q, k (B, H, K), v (B, HV, V), beta, gate (B, HV). Writes state (B, HV, K, V)
+  m.def(
+      "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, Tensor? gate, "
+      "float scale) -> Tensor");
   // u, delta, z (B, D, L); A (D, N), complex (D, N, 2); B, C (D, N) or (B, G, N, L), likewise; packed
   // sequences as B = 1 with cu_seqlens. -> out, last state (sequences, D, N), and the states before
   // each chunk (chunks, N, D), of which there are none unless asked for
@@ -122,6 +148,28 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // q (B, H, T, D), k and v (B, H_kv, S, D), block_indices (B, H_kv or H, T, n). -> out, log-sum-exp
+  m.def(
+      "selected_attention_forward(Tensor q, Tensor k, Tensor v, Tensor block_indices, "
+      "Tensor? cache_seqlens, int block_size, bool causal, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "selected_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor block_indices, Tensor? cache_seqlens, int block_size, "
+      "bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  // own (B, H, T, D) and own_lse (B, H, T), parts (P, D) and parts_lse (P,), place (parts a row, B * H *
+  // T) int64, a permutation of 0 to P - 1. -> out
+  m.def(
+      "merge_parts(Tensor own, Tensor own_lse, Tensor parts, Tensor parts_lse, Tensor place) -> Tensor");
+  // -> d_own, d_own_lse, d_parts, d_parts_lse
+  m.def(
+      "merge_parts_backward(Tensor d_out, Tensor own, Tensor own_lse, Tensor parts, Tensor parts_lse, "
+      "Tensor place) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> block indices (B, H_kv, T, count) int64, ascending, then -1; and where there is v_cmp the
+  // attention to the compressed keys and its log-sum-exp, else empty
+  m.def(
+      "select_blocks(Tensor q, Tensor k_cmp, Tensor? v_cmp, Tensor? cache_seqlens, Tensor? counts, "
+      "int keys, int compress_length, int compress_stride, int block_size, int count, bool causal, "
+      "float scale) -> (Tensor, Tensor, Tensor)");
   // state (slots, H, P, N), x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D, dt_bias (H, P)
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

@@ -1,6 +1,7 @@
 // Mamba-2's scan against a scalar loop, token by token.
 #include "agreement.h"
 #include "kernels/table.h"
+#include "sequences.h"
 
 using namespace longspan;
 using namespace longspan::test;
@@ -18,17 +19,14 @@ struct Case {
 
   /// Each row cut into runs. A row's first has its initial state and its last one's is kept; packed,
   /// each has both.
-  std::vector<Run> runs() const {
-    std::vector<Run> all;
-    int64_t spans = 0, boundaries = 0;
+  Sequences cut() const {
+    Sequences all;
     for (int64_t b = 0; b < batch; ++b) {
       int64_t begin = 0;
       for (size_t i = 0; i <= cuts.size(); ++i) {
         const int64_t end = i < cuts.size() ? cuts[i] : length, own = packed ? int64_t(i) : b;
         const bool first = packed || i == 0, last = packed || i == cuts.size();
-        const Run run{b, begin, end, first && options ? own : -1, last ? own : -1, spans, boundaries};
-        spans += run.spans(), boundaries += std::max<int64_t>(0, run.spans() - 1);
-        all.push_back(run);
+        all.add({b, begin, end, first && options ? own : -1, last ? own : -1});
         begin = end;
       }
     }
@@ -107,7 +105,7 @@ std::vector<std::vector<double>> reference(const Case& s, const Inputs& in) {
     return step.value < kLeast ? Number(kLeast) : step.value > kMost ? Number(kMost) : step;
   };
   Numbers out(x.size()), final, sequences;
-  for (const Run& run : s.runs()) {
+  for (const Run& run : s.cut().runs) {
     for (int64_t head = 0; head < s.heads; ++head) {
       for (int64_t p = 0; p < s.channels; ++p) {
         Numbers h(size_t(s.states), Number(0));
@@ -151,14 +149,8 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
   const auto layout = [](Strided& x) {
     return SequenceTensor{x.data(), x.stride(0), x.stride(1), x.stride(2)};
   };
-  const std::vector<Run> runs = s.runs();
-  std::vector<Span> spans;
-  int64_t boundaries = 0;
-  for (size_t i = 0; i < runs.size(); ++i) {
-    for (int64_t k = 0; k < runs[i].spans(); ++k) spans.push_back({int64_t(i), k});
-    boundaries += std::max<int64_t>(0, runs[i].spans() - 1);
-  }
-  Array kept(sums, size_t(boundaries * s.heads * s.states * s.channels), NAN);
+  const Sequences cut = s.cut();
+  Array kept(sums, size_t(cut.boundaries * s.heads * s.states * s.channels), NAN);
   SsdParams p;
   p.dtype = in.x.memory.dtype(), p.dt_dtype = in.dt.memory.dtype();
   p.batch = s.batch, p.length = s.length, p.heads = s.heads, p.groups = s.groups;
@@ -167,7 +159,7 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
   p.out = layout(results[0].second);
   p.a = in.a.data(), p.d = in.d.data(), p.dt_bias = in.bias.data();
   p.softplus = s.options, p.dt_min = kLeast, p.dt_max = kMost;
-  p.runs = {runs.data(), int64_t(runs.size()), spans.data(), int64_t(spans.size()), boundaries};
+  p.runs = cut.table();
   p.packed = s.packed ? s.sequences() : 0;
   p.initial = in.initial.data();
   p.final = results[1].second.data(), p.sequence_states = results[2].second.data();

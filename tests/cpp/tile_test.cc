@@ -104,6 +104,14 @@ void check_products(const DotProbe<E, S>& p, int lanes) {
             check_product(p, lanes, start, guarded, unit_depth, rows, vectors * lanes, 3, random);
           }
         }
+        // Around the blocks of AMX: 32 and 16 rows and columns, 16 deep, 64 before sums go to memory.
+        for (const int64_t rows : {15, 16, 31, 49, 96}) {
+          for (const int64_t depth : {15, 16, 17, 64, 130}) {
+            for (const int vectors : {1, 2, 3}) {
+              check_product(p, lanes, start, guarded, unit_depth, rows, vectors * lanes, depth, random);
+            }
+          }
+        }
         check_product(p, lanes, start, guarded, unit_depth, 64, 64, 64, random);
         check_product(p, lanes, start, guarded, unit_depth, 5, 2 * lanes, 1, random);
         check_product(p, lanes, start, guarded, unit_depth, 5, 2 * lanes, 0, random);

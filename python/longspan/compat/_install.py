@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import ModuleType
 
-_PACKAGES = ("mamba_ssm", "causal_conv1d", "flash_attn")
+_PACKAGES = ("mamba_ssm", "causal_conv1d", "flash_attn", "fla", "fast_transformers")
 # What a transformers modeling file binds, once, when it is imported.
 _BOUND_ONCE = ("causal_conv1d_fn", "causal_conv1d_update")
 
@@ -20,8 +20,8 @@ def install(*names: str) -> None:
     pip has installed. A peer that is installed but not yet imported is hidden for this process.
 
     Args:
-        names: Of "mamba_ssm", "causal_conv1d" and "flash_attn"; none is all of them. A second call
-            changes nothing.
+        names: Of "mamba_ssm", "causal_conv1d", "flash_attn", "fla" and "fast_transformers"; none is all
+            of them. A second call changes nothing.
 
     Raises:
         ValueError: A name is not one of these.

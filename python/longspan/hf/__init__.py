@@ -1,16 +1,19 @@
 """transformers on longspan.
 
 `register` makes ``attn_implementation="longspan"`` known; `accelerate` gives layers of a model faster
-forwards; `extend_context` has a model read further than it was trained to.
+forwards; `extend_context` has a model read further than it was trained to; `to_longformer` makes a short
+encoder long.
 
 Example::
 
     longspan.hf.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longspan")
 
-    longspan.hf.accelerate(model)  # Mamba and its relatives
+    longspan.hf.accelerate(model)  # Mamba and its relatives, Longformer, BigBird
 
     longspan.hf.extend_context(model, "yarn", factor=4)
+
+    longspan.hf.to_longformer(encoder, window=512, max_length=16384)
 """
 
 try:
@@ -23,6 +26,7 @@ from longspan.hf.attention import longspan_attention, register
 from longspan.hf.caches import GrowingCache, UnrotatedCache, WindowCache
 from longspan.hf.extend import Extended, extend_context
 from longspan.hf.masks import longspan_mask
+from longspan.hf.to_longformer import to_longformer
 
 __all__ = [
     "Accelerated",
@@ -35,4 +39,5 @@ __all__ = [
     "longspan_attention",
     "longspan_mask",
     "register",
+    "to_longformer",
 ]

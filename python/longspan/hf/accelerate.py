@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from longspan.hf._replace import Undoable, give_back, known_class, replace_forward, replacements
+from longspan.hf.bigbird import bigbird_forward
+from longspan.hf.longformer import encoder_forward, longformer_forward
 from longspan.hf.mamba import mamba_forward
 from longspan.hf.mamba2 import (
     falcon_h1_gated_norm_forward,
@@ -37,6 +39,11 @@ _FORWARDS: dict[str, Forward] = {
     "granitemoehybrid.GraniteMoeHybridRMSNormGated": gated_norm_forward,
     "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
     "zamba2.Zamba2RMSNormGated": gated_norm_forward,
+    "longformer.LongformerSelfAttention": longformer_forward,
+    "longformer.LongformerEncoder": encoder_forward,
+    "led.LEDEncoderSelfAttention": longformer_forward,
+    "big_bird.BigBirdBlockSparseAttention": bigbird_forward,
+    "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": bigbird_forward,
 }
 
 
@@ -76,7 +83,10 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
     within them):
 
     - Mamba, FalconMamba, Jamba, Zamba: convolution, selective scan and decoding step;
-    - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm.
+    - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm;
+    - Longformer, LED (encoder): attention by window and global tokens, dropout included; Longformer's
+      encoder leaves out the tokens that fill up the last window;
+    - BigBird, BigBirdPegasus (encoder): block-sparse attention.
 
     Modules, parameters, state_dict and caches stay what they are: training, gradient checkpointing,
     ``generate`` with beams, left padding, ``save_pretrained``, deepcopy and pickle go on as before.
@@ -89,15 +99,23 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
       or ignores them, if the model hands these to its layers: MambaForCausalLM, Mamba2ForCausalLM
       (unlike Mamba2Model), FalconMamba and Jamba do not.
     - float64 models calculate in float64 throughout.
+    - BigBird sees the random blocks that it was trained with in evaluation too, where transformers
+      has block 0 in their place, counted once more for each; and a block that is drawn twice, or is
+      seen anyway, counts once (at 1024, 3072 and 4096 tokens transformers draws such ones).
 
-    Padding counts as a step with zero input, as in transformers, and lets a state decay: pad on the
-    left where a cache shall be continued. On a device without kernels the layers run on the
-    operators' plain torch reference. A model may be compiled before or after, in one graph: the next
-    call compiles what is there then.
+    Longformer and BigBird: padding is hidden, not made unlikely. Weights are never formed, so a call
+    with ``output_attentions`` runs on the model's own layers. Where BigBird turns to full attention for
+    a short text, and after ``set_attention_type``, its layers are new ones: accelerate it again.
+
+    For Mamba's layers padding is a step with zero input, as in transformers, and lets a state decay:
+    pad on the left where a cache shall be continued. On a device without kernels the layers run on
+    the operators' plain torch reference. A model may be compiled before or after: the next call
+    compiles what is there then, in one graph, or for Longformer and BigBird, whose masks follow from
+    values, in several.
 
     Args:
         model: A transformers model, or any module with such layers in it.
-        hf_compat: Repeat what transformers does in the first two points above.
+        hf_compat: Repeat what transformers does in the first two points above, and in the last.
 
     Returns:
         `Accelerated`: its ``counts`` by class, and ``undo()``; as a context manager it undoes on exit.

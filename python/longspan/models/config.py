@@ -19,7 +19,8 @@ class LanguageModelConfig:
         d_model: Channels between blocks.
         n_layer: Blocks.
         family: What mixes tokens: a name in `longspan.models.FAMILIES`, ``"mamba"``, ``"mamba2"``,
-            ``"attention"``.
+            ``"attention"``, ``"linear_attention"``, ``"performer"``, ``"retention"``, ``"gla"``,
+            ``"delta_net"``, ``"gated_delta_net"``.
         mixer: Options of the family's mixer, by keyword, such as ``{"d_state": 32}``.
         d_intermediate: Channels inside the gated MLP after each mixer, rounded up to a multiple of 128
             as mamba-ssm does; 0 is no MLP; None is what is usual in the family: none beside Mamba,

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from longspan.models.config import LanguageModelConfig
-from longspan.nn import Attention, Mamba, Mamba2, RotaryEmbedding
+from longspan.nn import (
+    Attention,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    MultiScaleRetention,
+    PerformerAttention,
+    RotaryEmbedding,
+)
 
 
 @dataclass
@@ -160,8 +171,7 @@ def _make_attention(
     ``window`` counts the tokens that one sees, itself included; None is all that came before.
     """
     if num_heads is None:
-        at_most = max(1, d_model // (head_dim or 64))
-        num_heads = next(n for n in range(at_most, 0, -1) if head_dim or d_model % n == 0)
+        num_heads = _heads(d_model, head_dim)
     size = d_model // num_heads if head_dim is None else head_dim
     if size % 2:
         raise ValueError(f"LanguageModel: head_dim: expected an even one, to be rotated, got {size}")
@@ -182,6 +192,12 @@ def _make_attention(
     )
 
 
+def _heads(d_model: int, head_dim: int | None = None) -> int:
+    """As many as have ``head_dim`` channels, or about 64."""
+    at_most = max(1, d_model // (head_dim or 64))
+    return next(n for n in range(at_most, 0, -1) if head_dim or d_model % n == 0)
+
+
 def _mix_attention(mixer: Any, x: Tensor, cache: Cache | None) -> Tensor:
     if cache is None:
         return mixer(x)
@@ -191,6 +207,44 @@ def _mix_attention(mixer: Any, x: Tensor, cache: Cache | None) -> Tensor:
     return mixer(x, cache=states[mixer.layer_idx])
 
 
+# ---- linear attention and its kin
+
+
+def _make_recurrent(layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``layer`` with d_model for hidden_size, and heads of about 64 channels where none are given."""
+
+    def make(d_model: int, *, num_heads: int | None = None, **options: Any) -> nn.Module:
+        heads = _heads(d_model, options.get("head_dim")) if num_heads is None else num_heads
+        return layer(d_model, num_heads=heads, **options)
+
+    parameters = dict(inspect.signature(layer).parameters)
+    parameters["hidden_size"] = parameters["hidden_size"].replace(name="d_model")
+    parameters["num_heads"] = parameters["num_heads"].replace(default=None)
+    signature = inspect.Signature(list(parameters.values()))
+    make.__signature__ = signature  # type: ignore[attr-defined]  # what Family.options reads
+    return make
+
+
+def _mix_recurrent(mixer: Any, x: Tensor, cache: Cache | None) -> Tensor:
+    if cache is None:
+        return mixer(x)
+    states = cache.key_value_memory_dict
+    if mixer.layer_idx not in states:
+        states[mixer.layer_idx] = mixer.make_cache(cache.batch_size)
+    return mixer(x, cache=states[mixer.layer_idx])
+
+
 register_family("mamba", Family(Mamba, _mix_mamba))
 register_family("mamba2", Family(Mamba2, _mix_mamba))
 register_family("attention", Family(_make_attention, _mix_attention, output="o_proj", mlp_ratio=8 / 3))
+for _name, _layer in (
+    ("linear_attention", LinearAttention),
+    ("performer", PerformerAttention),
+    ("retention", MultiScaleRetention),
+    ("gla", GatedLinearAttention),
+    ("delta_net", DeltaNet),
+    ("gated_delta_net", GatedDeltaNet),
+):
+    register_family(
+        _name, Family(_make_recurrent(_layer), _mix_recurrent, output="o_proj", mlp_ratio=8 / 3)
+    )

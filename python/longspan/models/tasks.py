@@ -88,3 +88,53 @@ def induction_heads(
     labels = torch.full_like(input_ids, -100)
     labels[:, -1:] = input_ids.gather(1, where + 1)
     return input_ids, labels
+
+
+def multi_query_recall(
+    batch: int,
+    length: int,
+    *,
+    vocab_size: int = 64,
+    pairs: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pairs of a key and its value, then keys again, each to be answered by its value.
+
+    Multi-query associative recall (Arora et al. 2023, Zoology). A model must hold all pairs at once:
+    attention and the delta rule do, linear attention blurs them where they are many for its state.
+
+    Args:
+        batch: Sequences.
+        length: Tokens of a sequence: twice ``pairs``, then queries, drawn from the keys, all of them
+            judged.
+        vocab_size: Even. The first half are keys, the second values; keys of a sequence differ.
+        pairs: How many.
+        generator: None is torch's default one.
+
+    Raises:
+        ValueError: ``length`` has no room for the pairs and a query, or ``vocab_size`` for the keys.
+
+    Example::
+
+        longspan.models.tasks.multi_query_recall(1, 8, vocab_size=6, pairs=2)
+        # input_ids  2 4 0 3 0 2 2 0, labels -100 -100 -100 -100 3 4 4 3
+    """
+    if pairs < 1 or length <= 2 * pairs:
+        raise ValueError(
+            f"multi_query_recall: length: expected more than twice pairs, {pairs}, which is 1 or more; "
+            f"got {length}"
+        )
+    if vocab_size % 2 or vocab_size < 2 * pairs:
+        raise ValueError(
+            f"multi_query_recall: vocab_size: expected an even number of {2 * pairs} or more, "
+            f"got {vocab_size}"
+        )
+    half = vocab_size // 2
+    keys = torch.rand(batch, half, generator=generator).argsort(1)[:, :pairs]
+    values = torch.randint(half, vocab_size, (batch, pairs), generator=generator)
+    asked = torch.randint(pairs, (batch, length - 2 * pairs), generator=generator)
+    told = torch.stack([keys, values], dim=2).flatten(1)
+    input_ids = torch.cat([told, keys.gather(1, asked)], dim=1)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, 2 * pairs :] = values.gather(1, asked)
+    return input_ids, labels

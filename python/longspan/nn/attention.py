@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longspan.ops._checks import (
     check_between,
+    check_bool,
     check_floating,
     check_integers,
     check_positive,
@@ -80,7 +81,7 @@ class KVCache:
         if mask is None:
             self.lengths.zero_()
             return
-        _check_bool("KVCache.reset", "mask", mask, self.lengths.shape, "(batch,)")
+        check_bool("KVCache.reset", "mask", mask, self.lengths.shape, "(batch,)")
         self.lengths.masked_fill_(mask, 0)
 
     def reorder(self, beam_idx: Tensor) -> None:
@@ -342,7 +343,7 @@ class Attention(nn.Module):
             check_integers("Attention", "lengths", lengths, (b,), "(batch,)")
             return torch.arange(t, device=x.device) < lengths[:, None]
         if key_mask is not None:
-            _check_bool("Attention", "key_mask", key_mask, (b, t), "(batch, tokens)")
+            check_bool("Attention", "key_mask", key_mask, (b, t), "(batch, tokens)")
         return key_mask
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,13 +396,17 @@ class Attention(nn.Module):
         wanted = (batch, self.num_kv_heads, None, self.head_dim)
         check_shape("Attention", "cache", cache.k, wanted, "(batch, kv_heads, slots, head_dim)")
 
+    def _check_no_gradient(self, cache: KVCache, k: Tensor, *tensors: Tensor) -> None:
+        name = type(self).__name__
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError(f"{name}: cache: no gradient passes a cache; use torch.no_grad()")
+        if cache.k.dtype != k.dtype:
+            raise TypeError(f"{name}: cache: expected k's dtype, {k.dtype}, got {cache.k.dtype}")
+
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, cache: KVCache) -> Tensor:
         """Append k and v, and attend from q to all that the cache holds: (B, H, T, D)."""
         t = q.shape[2]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise RuntimeError("Attention: cache: no gradient passes a cache; use torch.no_grad()")
-        if cache.k.dtype != k.dtype:
-            raise TypeError(f"Attention: cache: expected k's dtype, {k.dtype}, got {cache.k.dtype}")
+        self._check_no_gradient(cache, k, q, k, v)
         before = cache.lengths
         if real is None:
             if not torch.compiler.is_compiling():  # there the operator checks
@@ -445,11 +450,3 @@ def _check_room(cache: KVCache, lengths: Tensor) -> None:
     slots = cache.k.shape[2]
     if int(lengths.max()) > slots:
         raise ValueError(f"Attention: cache: expected {int(lengths.max())} slots or more, got {slots}")
-
-
-def _check_bool(function: str, name: str, x: object, shape: tuple[int, ...], what: str) -> None:
-    check_tensor(function, name, x)
-    assert isinstance(x, Tensor)
-    if x.dtype != torch.bool:
-        raise TypeError(f"{function}: {name}: expected bool, got {x.dtype}")
-    check_shape(function, name, x, shape, what)

@@ -19,6 +19,7 @@ class RMSNormGated(nn.Module):
         group_size: Channels that are normalised together, a divisor of hidden_size; None is all.
         norm_before_gate: Whether the gate multiplies what was normalised, rather than what will be.
         device, dtype: Of the parameter, ``weight`` (hidden_size,), from 1.
+        elementwise_affine: Whether there is one.
 
     Raises:
         ValueError: Sizes do not fit together.
@@ -36,6 +37,8 @@ class RMSNormGated(nn.Module):
         norm_before_gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        elementwise_affine: bool = True,
     ) -> None:
         """Make the weight."""
         super().__init__()
@@ -45,7 +48,12 @@ class RMSNormGated(nn.Module):
                 f"RMSNormGated: group_size: expected a divisor of {hidden_size}, got {group_size}"
             )
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        weight = torch.ones(hidden_size, device=device, dtype=dtype)
+        self.weight: Tensor
+        if elementwise_affine:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight, persistent=False)
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:

@@ -81,6 +81,50 @@ def check_integers(function: str, name: str, x: object, shape: Sequence[int | No
     check_shape(function, name, x, shape, what)
 
 
+def check_sequences(function: str, cu_seqlens: object, name: str, batch: int) -> int:
+    """Raise unless ``cu_seqlens`` can cut ``name``, of this batch. -> sequences; None: a row each."""
+    if cu_seqlens is None:
+        return batch
+    check_integers(function, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{function}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}"
+        )
+    if batch != 1:
+        raise ValueError(f"{function}: {name}: expected a batch of 1 beside cu_seqlens, got {batch}")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_state(
+    function: str, name: str, x: object, other: str, like: Tensor, shape: Sequence[int], what: str
+) -> None:
+    """Raise unless ``x`` is a state of this shape on ``like``'s device, of any floating dtype."""
+    check_floating(function, name, x)
+    assert isinstance(x, Tensor)
+    check_device(function, name, x, other, like)
+    check_shape(function, name, x, shape, what)
+
+
+def check_state_in_place(function: str, name: str, x: Tensor, like: Tensor) -> None:
+    """Raise unless kernels can write to ``x``: of the accumulation's dtype, with a last stride of 1."""
+    if x.dtype != sum_dtype(like):
+        raise TypeError(
+            f"{function}: {name}: expected {sum_dtype(like)} beside {like.dtype}, got {x.dtype}"
+        )
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{function}: {name}: expected a last stride of 1, got {x.stride(-1)}")
+
+
+def check_bool(function: str, name: str, x: object, shape: Sequence[int | None], what: str) -> None:
+    """Raise unless ``x`` is a bool tensor of this shape."""
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{function}: {name}: expected bool, got {x.dtype}")
+    check_shape(function, name, x, shape, what)
+
+
 def check_between(function: str, name: str, x: float, low: float, high: float) -> None:
     """Raise ValueError unless low <= x < high."""
     if not low <= x < high:
@@ -173,6 +217,12 @@ def check_attention_options(
 def sum_dtype(x: Tensor) -> torch.dtype:
     """What kernels accumulate in, and states are kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, along the last dimension; whatever the strides, the same bits."""
+    y = x.to(sum_dtype(x)).contiguous()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def empty_heads(like: Tensor, channels: int) -> Tensor:

@@ -15,13 +15,14 @@ from longspan.ops._autograd import (
 )
 from longspan.ops._checks import (
     autocast,
-    check_device,
     check_floating,
     check_group,
-    check_integers,
     check_like,
     check_parameter,
+    check_sequences,
     check_shape,
+    check_state,
+    check_state_in_place,
     check_tensor,
     empty_heads,
     has_kernels,
@@ -34,6 +35,7 @@ _backward = overload("linear_attention_backward")
 _step = overload("linear_attention_step")
 
 _SPAN = 256  # kSpan in csrc/kernels/runs.h
+_STATE = "(sequences, heads, key channels, value channels)"
 
 
 def linear_attention(
@@ -111,16 +113,7 @@ def linear_attention(
         raise ValueError(f"{name}: gate: expected none without causal, got a tensor")
     gate = _check_gate(name, gate, q, (batch, heads, tokens))
     _check_eps(name, eps)
-    sequences = batch
-    if cu_seqlens is not None:
-        check_integers(name, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-        if cu_seqlens.shape[0] < 2:
-            raise ValueError(
-                f"{name}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}"
-            )
-        if batch != 1:
-            raise ValueError(f"{name}: q: expected a batch of 1 beside cu_seqlens, got {batch}")
-        sequences = cu_seqlens.shape[0] - 1
+    sequences = check_sequences(name, cu_seqlens, "q", batch)
     state, norm = _check_state(
         name, "initial_state", initial_state, normalize, q, (sequences, heads, channels, v.shape[3])
     )
@@ -197,10 +190,8 @@ def linear_attention_step(
     if S is None:
         raise TypeError(f"{name}: state: expected a tensor, got None")
     for label, x in (("state", S), ("state[1]", z)):
-        if x is not None and x.dtype != sum_dtype(q):
-            raise TypeError(f"{name}: {label}: expected {sum_dtype(q)} beside {q.dtype}, got {x.dtype}")
-        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name}: {label}: expected a last stride of 1, got {x.stride(-1)}")
+        if x is not None:
+            check_state_in_place(name, label, x, q)
     scale = channels**-0.5 if scale is None else float(scale)
     if has_kernels(name, q):
         return _step(q, k, v, S, z, gate, scale, eps)
@@ -237,21 +228,15 @@ def _check_state(
     if state is None:
         return None, None
     if not normalize:
-        _check_floats(name, label, state, q, shape, "(sequences, heads, key channels, value channels)")
+        check_state(name, label, state, "q", q, shape, _STATE)
         assert isinstance(state, Tensor)
         return state, None
     if isinstance(state, Tensor) or len(state) != 2:
         raise TypeError(f"{name}: {label}: expected a pair of tensors with normalize, got {type(state)}")
     S, z = state
-    _check_floats(name, f"{label}[0]", S, q, shape, "(sequences, heads, key channels, value channels)")
-    _check_floats(name, f"{label}[1]", z, q, shape[:-1], "(sequences, heads, key channels)")
+    check_state(name, f"{label}[0]", S, "q", q, shape, _STATE)
+    check_state(name, f"{label}[1]", z, "q", q, shape[:-1], "(sequences, heads, key channels)")
     return S, z
-
-
-def _check_floats(name: str, label: str, x: Any, q: Tensor, shape: tuple[int, ...], what: str) -> None:
-    check_floating(name, label, x)
-    check_device(name, label, x, "q", q)
-    check_shape(name, label, x, shape, what)
 
 
 def _check_eps(name: str, eps: float) -> None:

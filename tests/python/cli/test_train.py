@@ -76,6 +76,12 @@ def finished(uninterrupted, tmp_path):
         ("mamba", ["--mixer", "d_state=4", "--mixer", "dt_rank=auto"]),
         ("mamba2", ["--mixer", "headdim=8", "--mixer", "d_state=8", "--dtype", "bf16"]),
         ("attention", ["--mixer", "window=8"]),
+        ("linear_attention", ["--mixer", "feature_map=hedgehog"]),
+        ("performer", ["--mixer", "num_features=8", "--mixer", "redraw_interval=2"]),
+        ("retention", ["--mixer", "num_heads=2"]),
+        ("gla", ["--mixer", "use_short_conv=True"]),
+        ("delta_net", ["--mixer", "num_heads=2"]),
+        ("gated_delta_net", ["--mixer", "num_heads=2", "--mixer", "head_dim=8"]),
     ],
 )
 def test_files_and_words(model, options, text, tmp_path, capsys):
@@ -388,7 +394,13 @@ def test_what_cannot_be_resumed_is_left_alone(text, finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "mamba", "mamba2", "attention", "linear_attention", "performer", "retention", "gla", "delta_net",
+        "gated_delta_net",
+    ],
+)  # fmt: skip
 def test_held_out_loss_falls_below_the_bigram_models(model, tmp_path):
     options = ["--model", model, "--width", "128", "--layers", "2", "--length", "512", "--steps", "150"]
     assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0

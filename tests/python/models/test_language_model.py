@@ -29,6 +29,12 @@ OPTIONS = {
     "mamba": {"mixer": {"d_state": 8}},
     "mamba2": {"mixer": {"headdim": 16, "d_state": 16, "chunk_size": 16}},
     "attention": {"mixer": {"num_heads": 4, "num_kv_heads": 2, "window": 20, "sink_tokens": 2}},
+    "linear_attention": {"mixer": {"num_heads": 4, "num_kv_heads": 2}},
+    "performer": {"mixer": {"num_heads": 2, "num_features": 16}},
+    "retention": {"mixer": {"num_heads": 2, "expand_v": 1.0, "use_short_conv": True}},
+    "gla": {"mixer": {"num_heads": 2, "use_short_conv": True, "conv_size": 3}},
+    "delta_net": {"mixer": {"num_heads": 2}},
+    "gated_delta_net": {"mixer": {"num_heads": 2, "head_dim": 8, "num_v_heads": 4}},
     "mamba with MLP": {"d_intermediate": 40, "rms_norm": False, "tie_embeddings": False},
 }
 

@@ -1,12 +1,14 @@
-"""Synthetic tasks: what they ask, and that two layers of Mamba learn it."""
+"""Synthetic tasks: what they ask, and which families of two layers learn them."""
+
+from functools import partial
 
 import pytest
 import torch
 from checks import assert_raises
 from torch.nn.functional import cross_entropy
 
-from longspan.models import LanguageModelConfig, MambaLM, cosine_with_warmup, parameter_groups
-from longspan.models.tasks import induction_heads, selective_copying
+from longspan.models import LanguageModel, LanguageModelConfig, cosine_with_warmup, parameter_groups
+from longspan.models.tasks import induction_heads, multi_query_recall, selective_copying
 
 
 def seeded(seed=0):
@@ -48,6 +50,21 @@ def test_induction_heads(length, vocab_size):
         assert special[:, : length - 2].any(0).all()  # anywhere
 
 
+@pytest.mark.parametrize(("length", "vocab_size", "pairs"), [(64, 64, 16), (3, 2, 1), (20, 10, 5)])
+def test_multi_query_recall(length, vocab_size, pairs):
+    options = {"vocab_size": vocab_size, "pairs": pairs}
+    ids, labels = multi_query_recall(50, length, **options, generator=seeded())
+    assert ids.shape == labels.shape == (50, length)
+    assert (labels[:, : 2 * pairs] == -100).all()
+    half = vocab_size // 2
+    for row, wanted in zip(ids.tolist(), labels.tolist()):
+        told = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]))
+        assert len(told) == pairs  # keys differ
+        assert all(key < half <= value < vocab_size for key, value in told.items())
+        assert [told[key] for key in row[2 * pairs :]] == wanted[2 * pairs :]
+    assert torch.equal(multi_query_recall(50, length, **options, generator=seeded())[0], ids)
+
+
 def test_wrong_arguments():
     for parts, call in (
         (["length", "twice data_tokens, 16", "got 31"], lambda: selective_copying(1, 31)),
@@ -55,15 +72,21 @@ def test_wrong_arguments():
         (["vocab_size", "3 or more", "got 2"], lambda: selective_copying(1, 40, vocab_size=2)),
         (["length", "3 or more", "got 2"], lambda: induction_heads(1, 2)),
         (["vocab_size", "2 or more", "got 1"], lambda: induction_heads(1, 9, vocab_size=1)),
+        (["length", "twice pairs, 8", "got 16"], lambda: multi_query_recall(1, 16)),
+        (["length", "got 9"], lambda: multi_query_recall(1, 9, pairs=0)),
+        (["vocab_size", "16 or more", "got 14"], lambda: multi_query_recall(1, 20, vocab_size=14)),
+        (["vocab_size", "even", "got 65"], lambda: multi_query_recall(1, 20, vocab_size=65)),
     ):
         assert_raises(ValueError, parts, call)
 
 
-def learn(task, lessons, lr, batch=32):
-    """Train two layers of Mamba on ``lessons``, each (steps, length) of the task, short ones first."""
+def learn(task, lessons, lr, batch=32, **config):
+    """Train two layers on ``lessons``, each (steps, length) of the task, short ones first."""
     torch.manual_seed(0)
     generator = seeded(1)
-    model = MambaLM(LanguageModelConfig(vocab_size=16, d_model=64, n_layer=2))
+    model = LanguageModel(
+        LanguageModelConfig(**{"vocab_size": 16, "d_model": 64, "n_layer": 2} | config)
+    )
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, betas=(0.9, 0.95))
     lengths = [length for steps, length in lessons for _ in range(steps)]
     for step, length in enumerate(lengths):
@@ -97,3 +120,22 @@ def test_two_layers_of_mamba_learn_it_at_length_256(task, lessons, lr):
     found = accuracy(model, task, 256)
     print(f"{task.__name__}: accuracy {found:.4f}")
     assert found > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "mixer", "learnt"),
+    [
+        ("linear_attention", {"num_heads": 2}, False),
+        ("delta_net", {"num_heads": 2}, True),
+    ],
+)
+def test_who_learns_to_recall_sixteen_pairs(family, mixer, learnt):
+    """Plain linear attention does not; DeltaNet, whose convolutions see a pair as one, does."""
+    task = partial(multi_query_recall, vocab_size=64, pairs=16)
+    model = learn(
+        task, [(800, 64)], 5e-3, batch=64, vocab_size=64, family=family, mixer=mixer, d_intermediate=0
+    )
+    found = accuracy(model, task, 64)
+    print(f"{family}: accuracy {found:.4f}")
+    assert found > 0.9 if learnt else found < 0.3
