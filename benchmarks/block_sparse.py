@@ -1,6 +1,7 @@
 """Block-sparse attention against FlexAttention, transformers' Longformer and BigBird, and our own.
 
-Longformer's and BigBird's attention are measured without their projections: copies stand in.
+Longformer's and BigBird's attention are measured without their projections: copies stand in. Whole
+layers are in hf_sparse.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from longspan.patterns import BlockMask
 
 Case = tuple[str, Callable[[Bench], Row]]
 
-HEADS, SIZE, WINDOW = 8, 64, 512
+HEADS, SIZE, WINDOW, BLOCK = 8, 64, 512, 64
 FLOAT, BF16 = torch.float32, torch.bfloat16
 NAMES = {FLOAT: "float", BF16: "bf16"}
 TOLERANCE = {FLOAT: 1e-4, BF16: 2e-2}  # of the greatest value
@@ -184,58 +185,70 @@ def _against_layer(
     )
 
 
-def _longformer(tokens: int, backward: bool, at_least: float, bench: Bench) -> Row:
+def longformer_layer(tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+    """transformers' layer with a window of 512, and what its calls say: token 0 is global."""
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
     config = transformers.LongformerConfig(
         hidden_size=HEADS * SIZE, num_attention_heads=HEADS, attention_window=[WINDOW],
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    layer = _without_projections(LongformerSelfAttention(config, 0))
     where = torch.zeros(1, tokens, dtype=torch.bool)
     where[:, 0] = True
-    options = {
+    return LongformerSelfAttention(config, 0), {
         "attention_mask": where.float() * 10000,
         "is_index_masked": torch.zeros_like(where),
         "is_index_global_attn": where,
         "is_global_attn": True,
     }
+
+
+def bigbird_layer(tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+    """transformers' layer with blocks of 64 and 3 random ones, which it draws in training mode."""
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+
+    config = transformers.BigBirdConfig(
+        hidden_size=HEADS * SIZE, num_attention_heads=HEADS, block_size=BLOCK, num_random_blocks=3,
+        max_position_embeddings=tokens,
+    )  # fmt: skip
+    blocks = tokens // BLOCK
+    ones = torch.ones(1, tokens)
+    by_block = ones.view(1, blocks, BLOCK)
+    return BigBirdBlockSparseAttention(config, seed=0).train(), {
+        "band_mask": torch.ones(1, 1, blocks - 4, BLOCK, 3 * BLOCK),
+        "from_mask": ones[:, None, :, None],
+        "to_mask": ones[:, None, None],
+        "from_blocked_mask": by_block,
+        "to_blocked_mask": by_block,
+    }
+
+
+def _longformer(tokens: int, backward: bool, at_least: float, bench: Bench) -> Row:
+    layer, options = longformer_layer(tokens)
+    layer = _without_projections(layer)
     mask = patterns.longformer(tokens, window=WINDOW, global_tokens=[0])
     return _against_layer(mask, lambda x: layer(x, **options)[0], backward, at_least, bench)
 
 
 def _bigbird(tokens: int, backward: bool, at_least: float | None, bench: Bench) -> Row:
-    """In training mode, where transformers draws its random blocks; ours are read from it."""
-    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
-
-    block, blocks = 64, tokens // 64
-    config = transformers.BigBirdConfig(
-        hidden_size=HEADS * SIZE, num_attention_heads=HEADS, block_size=block, num_random_blocks=3,
-        max_position_embeddings=tokens,
-    )  # fmt: skip
-    layer = _without_projections(BigBirdBlockSparseAttention(config, seed=0)).train()
+    """With random blocks read from transformers'."""
+    layer, options = bigbird_layer(tokens)
+    layer = _without_projections(layer)
     drawn: list[Any] = []
     for name in ("_bigbird_block_rand_mask", "_bigbird_block_rand_mask_with_head"):
         setattr(layer, name, partial(_recorded, drawn, getattr(layer, name)))
-    ones = torch.ones(1, tokens)
-    by_block = ones.view(1, blocks, block)
-    band = torch.ones(1, 1, blocks - 4, block, 3 * block)
 
     def attend(x: Tensor) -> Tensor:
         drawn.clear()
-        return layer(
-            x, band_mask=band, from_mask=ones[:, None, :, None], to_mask=ones[:, None, None],
-            from_blocked_mask=by_block, to_blocked_mask=by_block,
-        )[0]  # fmt: skip
+        return layer(x, **options)[0]
 
     with torch.no_grad():
         attend(torch.zeros(1, tokens, HEADS * SIZE))
-    layout = patterns.bigbird(tokens, num_random_blocks=0).to_dense()[:, ::block, ::block]
-    layout = layout.repeat(HEADS, 1, 1)
+    blocks = tokens // BLOCK
+    chosen = torch.zeros(HEADS, blocks, 3, dtype=torch.int64)
     for head, rows in enumerate(drawn if len(drawn) == HEADS else drawn[0]):
-        for row, columns in enumerate(rows[: blocks - 2]):
-            layout[head, row + 1, torch.as_tensor(columns).long()] = True
-    mask = BlockMask.from_layout(layout, block, tokens, tokens)
+        chosen[head, 1:-1] = torch.as_tensor(rows[: blocks - 2]).long()
+    mask = patterns.bigbird(tokens, block_size=BLOCK, heads=HEADS, random_blocks=chosen)
     return _against_layer(mask, attend, backward, at_least, bench)
 
 

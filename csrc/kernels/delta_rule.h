@@ -5,7 +5,7 @@
 //   S_t  = S'_t + beta_t k_t^T r_t                   rows k_t, r_t
 //   out_t = scale q_t S_t
 //
-//   q, k, dq, dk      [batch][heads][tokens][key_channels]     value head h reads h / (value_heads / heads)
+//   q, k, dq, dk      [batch][heads][tokens][key_channels]    head h reads h / (value_heads / heads)
 //   v, out, dv, d_out [batch][value_heads][tokens][value_channels]
 //   beta, gate        [batch][value_heads][tokens]             and their gradients; any strides
 //   states            [...][value_heads][key_channels][value_channels], dense

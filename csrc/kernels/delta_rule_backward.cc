@@ -97,23 +97,23 @@ class Backward {
   struct Workspace {
     DeltaNumbers<T> numbers;
     typename Chunk::PairWorkspace pairing;
-    T* pairs;              ///< of a span's chunks, where they are not kept for all
-    T* solver;             ///< [C][C]: r from X
-    T* state;              ///< [key_channels][value_width]
-    T* states;             ///< S^T before each chunk of the span
-    T *r, *written;        ///< r and N of each chunk of the span [C][value_width]
-    T* d_states;           ///< dS of each value head of the group, or of one
-    T* d_turned;           ///< dS^T
-    T* tokens;             ///< q, then k [2 C][key_width]
-    T* readers;            ///< exp(a_t) of that
-    T* ends;               ///< exp(a_n - a_t) k_t [C][key_width]
-    T* g;                  ///< dY, then -dX [2 C][value_width]
-    T *d, *weighted;       ///< D, B dN [C][value_width]
-    T* turned;             ///< N^T [value_channels][C]
-    T* d_scores;           ///< dY N^T, then -dX N^T [2 C][C]
-    T* d_readers;          ///< dQ, then dK+ [2 C][key_width]
-    T* d_read;             ///< dK- [C][key_width]
-    T *dq_sum, *dk_sum;    ///< of the span, over the group's value heads
+    T* pairs;  ///< of a span's chunks, where they are not kept for all
+    T* solver;  ///< [C][C]: r from X
+    T* state;  ///< [key_channels][value_width]
+    T* states;  ///< S^T before each chunk of the span
+    T *r, *written;  ///< r and N of each chunk of the span [C][value_width]
+    T* d_states;  ///< dS of each value head of the group, or of one
+    T* d_turned;  ///< dS^T
+    T* tokens;  ///< q, then k [2 C][key_width]
+    T* readers;  ///< exp(a_t) of that
+    T* ends;  ///< exp(a_n - a_t) k_t [C][key_width]
+    T* g;  ///< dY, then -dX [2 C][value_width]
+    T *d, *weighted;  ///< D, B dN [C][value_width]
+    T* turned;  ///< N^T [value_channels][C]
+    T* d_scores;  ///< dY N^T, then -dX N^T [2 C][C]
+    T* d_readers;  ///< dQ, then dK+ [2 C][key_width]
+    T* d_read;  ///< dK- [C][key_width]
+    T *dq_sum, *dk_sum;  ///< of the span, over the group's value heads
   };
 
   /// S or S^T in work, whichever is larger.

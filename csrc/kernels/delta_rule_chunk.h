@@ -1,11 +1,11 @@
 // One chunk of the delta rule: a few tokens of a run, one value head. With a_t the sum of gates over the
 // chunk's tokens up to and with t (decay.h), S the state before it, and rows of q, k, v and r,
 //
-//   P[t][s] = (k_t . k_s) exp(a_t - a_s)     for s < t, else 0        M[t][s] likewise of q_t, for s <= t
-//   X_t     = v_t - exp(a_t) k_t S                                    what the state before gets wrong
-//   r_t     = X_t - sum of P[t][s] beta_s r_s                         what the one at t does
-//   N_t     = beta_t r_t                                              what is written
-//   Y       = M N + exp(a_t) q S                                      the output but for the scale
+//   P[t][s] = (k_t . k_s) exp(a_t - a_s)     for s < t, else 0     M[t][s] likewise of q_t, s <= t
+//   X_t     = v_t - exp(a_t) k_t S                                 what the state before gets wrong
+//   r_t     = X_t - sum of P[t][s] beta_s r_s                      what the one at t does
+//   N_t     = beta_t r_t                                           what is written
+//   Y       = M N + exp(a_t) q S                                   the output but for the scale
 //   S'      = exp(a_n) S + sum of k_s exp(a_n - a_s) N_s^T
 //
 // (Yang et al. 2024, Parallelizing linear transformers with the delta rule, section 3; with gates Yang
@@ -42,10 +42,10 @@ struct DeltaPlace {
 /// What the tokens of a chunk have a number of.
 template <class T>
 struct DeltaNumbers : Decay<T> {
-  T* beta;            ///< zero past the last token
-  T* minus;           ///< -exp(a_t)
-  T* scale;           ///< the same for all
-  T* rescale;         ///< [columns]: exp(a_n), the same for all
+  T* beta;  ///< zero past the last token
+  T* minus;  ///< -exp(a_t)
+  T* scale;  ///< the same for all
+  T* rescale;  ///< [columns]: exp(a_n), the same for all
 
   void lay_out(Arena& arena, int64_t columns) {
     Decay<T>::lay_out(arena, kDeltaChunk);
@@ -76,7 +76,7 @@ class DeltaChunk {
   static constexpr int64_t C = kDeltaChunk;
 
  public:
-  static constexpr int64_t kPair = 2 * C * C;            ///< elements of -H and M
+  static constexpr int64_t kPair = 2 * C * C;  ///< elements of -H and M
   static constexpr int64_t kSpanPairs = kSpan / C * kPair;
 
   explicit DeltaChunk(const DeltaRuleParams& params)
@@ -85,7 +85,7 @@ class DeltaChunk {
 
   const DeltaRuleParams& p;
   int64_t key_width, value_width;  ///< of rows in work
-  int64_t group;                   ///< value heads of a head
+  int64_t group;  ///< value heads of a head
 
   TokenRows query_rows(const SequenceTensor& x, const DeltaPlace& at) const {
     return rows_of(x, p.dtype, at.run.batch, at.head / group, at.t0);
@@ -117,9 +117,9 @@ class DeltaChunk {
   // ---- pairs
 
   struct PairWorkspace {
-    T* turned;     ///< k^T [key_channels][C]
-    T *q, *k;      ///< copies, where memory does not have the form
-    T* weighted;   ///< -P B [C][C]
+    T* turned;  ///< k^T [key_channels][C]
+    T *q, *k;  ///< copies, where memory does not have the form
+    T* weighted;  ///< -P B [C][C]
 
     void lay_out(Arena& arena, int64_t key_channels) {
       turned = arena.take<T>(key_channels * C);
@@ -139,8 +139,8 @@ class DeltaChunk {
     }
   }
 
-  /// -H, and M after it, [C][C] each: whole strips of rows up to n, with zeros on and above H's diagonal,
-  /// and above M's.
+  /// -H, and M after it, [C][C] each: whole strips of rows up to n, with zeros on and above H's
+  /// diagonal, and above M's.
   void pair(const DeltaPlace& at, const DeltaNumbers<T>& x, const PairWorkspace& w, T* out) const {
     T *h = out, *m = out + C * C;
     const TokenRows q_rows = query_rows(p.q, at), k_rows = query_rows(p.k, at);

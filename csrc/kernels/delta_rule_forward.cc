@@ -62,11 +62,11 @@ class Forward {
   struct Workspace {
     DeltaNumbers<T> numbers;
     typename Chunk::PairWorkspace pairs;
-    T* pair;                        ///< of one chunk
-    T* state;                       ///< [key_channels][width]
-    T *queries, *keys, *ends;       ///< exp(a_t) q_t, -exp(a_t) k_t, exp(a_n - a_t) k_t [C][key_width]
-    T *x, *written, *y;             ///< X, N and Y [C][width]
-    T* solver;                      ///< [C][C]: N from X
+    T* pair;  ///< of one chunk
+    T* state;  ///< [key_channels][width]
+    T *queries, *keys, *ends;  ///< exp(a_t) q_t, -exp(a_t) k_t, exp(a_n - a_t) k_t [C][key_width]
+    T *x, *written, *y;  ///< X, N and Y [C][width]
+    T* solver;  ///< [C][C]: N from X
   };
 
   /// Where value channels are divided, a block of them.
@@ -118,7 +118,8 @@ class Forward {
         }
         walk(at, columns, pair, !last || at.t0 + at.n < run.end || run.last >= 0, w);
       }
-      if (!last && p_.boundaries) keep(columns, chunk_.state_at(p_.boundaries, run.boundary + k, head), w);
+      if (!last && p_.boundaries)
+        keep(columns, chunk_.state_at(p_.boundaries, run.boundary + k, head), w);
     }
     if (run.last >= 0) keep(columns, chunk_.state_at(p_.last, run.last, head), w);
   }

@@ -3,10 +3,11 @@
 //     y = S^T k, z = S^T q      u = beta (v - exp(gate) y)
 //     S = exp(gate) S + k u^T   out = scale (exp(gate) z + (q . k) u)
 //
-// Value channels along the lanes, row after row of S, with the sums in registers; then the same rows once
-// more, from the cache. The processor reads ahead by itself as long as rows are read in order, so asking
-// for memory only bridges the writing: for the next state a little, where one fits into the first cache,
-// for what comes soon where it does not. Asking for all of it, or a task's states too few, is slower.
+// Value channels along the lanes, row after row of S, with the sums in registers; then the same rows
+// once more, from the cache. The processor reads ahead by itself as long as rows are read in order, so
+// asking for memory only bridges the writing: for the next state a little, where one fits into the first
+// cache, for what comes soon where it does not. Asking for all of it, or a task's states too few, is
+// slower.
 
 #include "kernels/delta_rule.h"
 #include "kernels/parallel.h"
@@ -18,7 +19,7 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 18;  // of states; a task is not worth handing out below
-constexpr int64_t kTasks = 16;           // as many are enough
+constexpr int64_t kTasks = 16;  // as many are enough
 constexpr int64_t kFirstCache = 1 << 15;
 constexpr int64_t kAhead = 4096;  // bytes of a larger state to ask for early
 
@@ -55,15 +56,12 @@ class Step {
   };
 
   void update(int64_t batch, int64_t head, T* rows) const {
-    Token x{rows, rows + key_width_, rows + 2 * key_width_, rows + 2 * key_width_ + value_width_,
-            T(1), number_of<T>(p_.beta, batch, head, 0), T(0)};
+    T *q = rows, *k = q + key_width_, *v = k + key_width_, *out = v + value_width_;
+    Token x{q, k, v, out, T(1), number_of<T>(p_.beta, batch, head, 0), T(0)};
     const int64_t key_head = head / (p_.value_heads / p_.heads);
-    copy_rows<T>(rows_of(p_.q, p_.dtype, batch, key_head, 0), 1, p_.key_channels, key_width_, nullptr,
-                 x.q);
-    copy_rows<T>(rows_of(p_.k, p_.dtype, batch, key_head, 0), 1, p_.key_channels, key_width_, nullptr,
-                 x.k);
-    copy_rows<T>(rows_of(p_.v, p_.dtype, batch, head, 0), 1, p_.value_channels, value_width_, nullptr,
-                 x.v);
+    load_row(p_.q, batch, key_head, p_.key_channels, q);
+    load_row(p_.k, batch, key_head, p_.key_channels, k);
+    load_row(p_.v, batch, head, p_.value_channels, v);
     if (p_.gate.data) x.decay = exp<T>(broadcast(number_of<T>(p_.gate, batch, head, 0)))[0];
     Vec<T> sum = {};
     for (int64_t c = 0; c < key_width_; c += L) sum += load(x.q + c) * load(x.k + c);
@@ -79,6 +77,11 @@ class Step {
     const T scale = T(p_.scale);
     store_rows<T>(x.out, value_width_, 1, p_.value_channels, &scale,
                   rows_of(p_.out, p_.dtype, batch, head, 0));
+  }
+
+  /// Padded with zeros.
+  void load_row(const SequenceTensor& x, int64_t batch, int64_t head, int64_t n, T* row) const {
+    copy_rows<T>(rows_of(x, p_.dtype, batch, head, 0), 1, n, round_up(n, L), nullptr, row);
   }
 
   template <bool kFits, int kVectors>

@@ -128,8 +128,8 @@ class Favor {
     Vec<T> sum = {};
     for (int64_t i = 0; i < p_.features; i += L) {
       const int64_t at = row * p_.features + i, left = p_.features - i;
-      Vec<T> e = load_as<T>(p_.d_y, p_.dtype, at, left) *
-                 (load_as<T>(p_.y, p_.dtype, at, left) - T(p_.eps));
+      Vec<T> e =
+          load_as<T>(p_.d_y, p_.dtype, at, left) * (load_as<T>(p_.y, p_.dtype, at, left) - T(p_.eps));
       if (left < L) e = select<T>(first_lanes(left), e, Vec<T>{});
       store(to + i, e);
       sum += e;

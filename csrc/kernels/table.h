@@ -9,36 +9,43 @@
 #include "kernels/delta_rule.h"
 #include "kernels/favor.h"
 #include "kernels/linear_attention.h"
+#include "kernels/merge.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
+#include "kernels/selected_attention.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
 
-#define LONGSPAN_EACH_KERNEL(X) \
-  X(attention_forward)          \
-  X(attention_backward)         \
-  X(attention_mask_backward)    \
-  X(attention_append)           \
-  X(attention_decode)           \
-  X(conv_forward)               \
-  X(conv_backward)              \
-  X(conv_update)                \
-  X(delta_rule_forward)         \
-  X(delta_rule_backward)        \
-  X(delta_rule_step)            \
-  X(favor_forward)              \
-  X(favor_exp_rows)             \
-  X(favor_backward)             \
-  X(linear_attention_forward)   \
-  X(linear_attention_backward)  \
-  X(linear_attention_step)      \
-  X(norm_gated_forward)         \
-  X(norm_gated_backward)        \
-  X(rotary_apply)               \
-  X(selective_scan_forward)     \
-  X(selective_scan_backward)    \
-  X(selective_state_update)     \
-  X(ssd_forward)                \
+#define LONGSPAN_EACH_KERNEL(X)  \
+  X(attention_forward)           \
+  X(attention_backward)          \
+  X(attention_mask_backward)     \
+  X(attention_append)            \
+  X(attention_decode)            \
+  X(conv_forward)                \
+  X(conv_backward)               \
+  X(conv_update)                 \
+  X(delta_rule_forward)          \
+  X(delta_rule_backward)         \
+  X(delta_rule_step)             \
+  X(favor_forward)               \
+  X(favor_exp_rows)              \
+  X(favor_backward)              \
+  X(linear_attention_forward)    \
+  X(linear_attention_backward)   \
+  X(linear_attention_step)       \
+  X(merge_forward)               \
+  X(merge_backward)              \
+  X(norm_gated_forward)          \
+  X(norm_gated_backward)         \
+  X(rotary_apply)                \
+  X(select_blocks)               \
+  X(selected_attention_forward)  \
+  X(selected_attention_backward) \
+  X(selective_scan_forward)      \
+  X(selective_scan_backward)     \
+  X(selective_state_update)      \
+  X(ssd_forward)                 \
   X(ssd_backward)
 
 namespace longspan {

@@ -74,11 +74,11 @@ class Lists {
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_begins, Tensor columns,
                                    Tensor row_patterns, Tensor column_begins, Tensor rows,
                                    Tensor column_patterns, Tensor bits, OptionalTensor slopes,
-                                   int64_t list_batch, int64_t list_heads, double scale,
-                                   double softcap) {
+                                   OptionalTensor seed, int64_t list_batch, int64_t list_heads,
+                                   double scale, double softcap, double dropout_p) {
   const OptionalTensor none;
-  AttentionArguments a(q, k, v, none, none, slopes, none, none, none, none, -1, -1, 0, scale, softcap,
-                       0);
+  AttentionArguments a(q, k, v, none, none, slopes, none, none, none, seed, -1, -1, 0, scale, softcap,
+                       dropout_p);
   const Lists lists(row_begins, columns, row_patterns, column_begins, rows, column_patterns, bits,
                     list_batch, list_heads);
   lists.put_into(a.params);
@@ -94,11 +94,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, OptionalTensor d_lse, 
                                             Tensor v, Tensor out, Tensor lse, Tensor row_begins,
                                             Tensor columns, Tensor row_patterns, Tensor column_begins,
                                             Tensor rows, Tensor column_patterns, Tensor bits,
-                                            OptionalTensor slopes, int64_t list_batch,
-                                            int64_t list_heads, double scale, double softcap) {
+                                            OptionalTensor slopes, OptionalTensor seed,
+                                            int64_t list_batch, int64_t list_heads, double scale,
+                                            double softcap, double dropout_p) {
   const OptionalTensor none;
   AttentionBackwardArguments a(d_out, d_lse, q, k, v, out, lse, none, none, slopes, none, none, none,
-                               none, -1, -1, 0, scale, softcap, 0);
+                               seed, -1, -1, 0, scale, softcap, dropout_p);
   const Lists lists(row_begins, columns, row_patterns, column_begins, rows, column_patterns, bits,
                     list_batch, list_heads);
   lists.put_into(a.params);

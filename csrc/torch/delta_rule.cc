@@ -121,15 +121,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor d_out = with_unit_last_stride(d_out_);
   const Tensor boundaries = torch::stable::contiguous(boundaries_);
   STD_TORCH_CHECK(d_out.dim() == 4 && d_out.numel() == v.numel(), "delta_rule: d_out has out's shape");
-  STD_TORCH_CHECK(boundaries.numel() >= p.runs.boundary_count * p.value_heads * p.key_channels *
-                                            p.value_channels,
-                  "delta_rule: expected what delta_rule_forward returned with keep");
+  STD_TORCH_CHECK(
+      boundaries.numel() >= p.runs.boundary_count * p.value_heads * p.key_channels * p.value_channels,
+      "delta_rule: expected what delta_rule_forward returned with keep");
   p.boundaries = const_cast<void*>(boundaries.data_ptr());
   Tensor dq = empty_heads(q, p.key_channels), dk = empty_heads(k, p.key_channels),
          dv = empty_heads(v, p.value_channels);
   Tensor d_beta = empty_of(beta, {p.batch, p.value_heads, p.tokens});
-  Tensor d_gate = gate ? empty_of(*gate, {p.batch, p.value_heads, p.tokens})
-                       : empty_of(q, {0}, sum_type(q));
+  Tensor d_gate =
+      gate ? empty_of(*gate, {p.batch, p.value_heads, p.tokens}) : empty_of(q, {0}, sum_type(q));
   Tensor d_initial = a.states(initial_state.has_value(), a.sequences());
   DeltaRuleGradients g;
   g.d_out = layout(d_out), g.dq = layout(dq), g.dk = layout(dk), g.dv = layout(dv);
@@ -154,9 +154,9 @@ Tensor step(Tensor q_, Tensor k_, Tensor v_, Tensor beta, Tensor state, Optional
                v = with_unit_last_stride(v_);
   DeltaRuleStep p;
   set_inputs(p, q, k, v, beta, gate, 3);
-  STD_TORCH_CHECK(state.scalar_type() == sum_type(q) && state.dim() == 4 &&
-                      state.size(0) == p.batch && state.size(1) == p.value_heads &&
-                      state.size(2) == p.key_channels && state.size(3) == p.value_channels &&
+  STD_TORCH_CHECK(state.scalar_type() == sum_type(q) && state.dim() == 4 && state.size(0) == p.batch &&
+                      state.size(1) == p.value_heads && state.size(2) == p.key_channels &&
+                      state.size(3) == p.value_channels &&
                       (p.value_channels < 2 || state.stride(3) == 1),
                   "delta_rule_step: state is (batch, value heads, key channels, value channels) in the "
                   "type of accumulation, with a last stride of 1");

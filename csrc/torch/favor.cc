@@ -10,8 +10,8 @@ namespace longspan::binding {
 namespace {
 
 void check_matrix(const Tensor& x, ScalarType type, const char* what) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == type,
-                  "favor: ", what, ": expected a dense matrix of the dtype of sums");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == type, "favor: ", what,
+                  ": expected a dense matrix of the dtype of sums");
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor directions_t, int64_t features, bool own_maximum,
@@ -53,13 +53,12 @@ Tensor backward(Tensor d_y_, Tensor y_, Tensor x, Tensor directions, double eps)
   const Tensor d_y = torch::stable::contiguous(d_y_), y = torch::stable::contiguous(y_);
   check_matrix(x, sum_type(x), "x");
   check_matrix(directions, x.scalar_type(), "directions");
-  STD_TORCH_CHECK(d_y.dim() == 2 && y.dim() == 2 && d_y.size(0) == x.size(0) &&
-                      y.size(0) == x.size(0) && d_y.size(1) == y.size(1) &&
-                      d_y.scalar_type() == y.scalar_type() && sum_type(y) == x.scalar_type(),
+  STD_TORCH_CHECK(d_y.dim() == 2 && y.dim() == 2 && d_y.size(0) == x.size(0) && y.size(0) == x.size(0) &&
+                      d_y.size(1) == y.size(1) && d_y.scalar_type() == y.scalar_type() &&
+                      sum_type(y) == x.scalar_type(),
                   "favor: d_y and y: expected of one shape and dtype, with x's rows");
   STD_TORCH_CHECK(directions.size(0) == y.size(1) && directions.size(1) % kFavorPadding == 0 &&
-                      directions.size(1) >= x.size(1) &&
-                      directions.size(1) - x.size(1) < kFavorPadding,
+                      directions.size(1) >= x.size(1) && directions.size(1) - x.size(1) < kFavorPadding,
                   "favor: directions is (features, channels rounded up to ", kFavorPadding, ")");
   Tensor dx = empty_of(x, {x.size(0), x.size(1)});
   FavorParams p;

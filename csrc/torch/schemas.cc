@@ -27,14 +27,15 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "block_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor row_begins, Tensor columns, "
       "Tensor row_patterns, Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, "
-      "Tensor? alibi_slopes, int list_batch, int list_heads, float scale, float softcap) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? dropout_seed, int list_batch, int list_heads, float scale, "
+      "float softcap, float dropout_p) -> (Tensor, Tensor)");
   // -> dq, dk, dv
   m.def(
       "block_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor row_begins, Tensor columns, Tensor row_patterns, "
       "Tensor column_begins, Tensor rows, Tensor column_patterns, Tensor bits, Tensor? alibi_slopes, "
-      "int list_batch, int list_heads, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
+      "Tensor? dropout_seed, int list_batch, int list_heads, float scale, float softcap, "
+      "float dropout_p) -> (Tensor, Tensor, Tensor)");
   // Writes k_new and v_new into the caches. -> out, log-sum-exp
   m.def(
       "attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
@@ -147,6 +148,28 @@ STABLE_TORCH_LIBRARY(longspan, m) {
       "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // q (B, H, T, D), k and v (B, H_kv, S, D), block_indices (B, H_kv or H, T, n). -> out, log-sum-exp
+  m.def(
+      "selected_attention_forward(Tensor q, Tensor k, Tensor v, Tensor block_indices, "
+      "Tensor? cache_seqlens, int block_size, bool causal, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "selected_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor block_indices, Tensor? cache_seqlens, int block_size, "
+      "bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  // own (B, H, T, D) and own_lse (B, H, T), parts (P, D) and parts_lse (P,), place (parts a row, B * H *
+  // T) int64, a permutation of 0 to P - 1. -> out
+  m.def(
+      "merge_parts(Tensor own, Tensor own_lse, Tensor parts, Tensor parts_lse, Tensor place) -> Tensor");
+  // -> d_own, d_own_lse, d_parts, d_parts_lse
+  m.def(
+      "merge_parts_backward(Tensor d_out, Tensor own, Tensor own_lse, Tensor parts, Tensor parts_lse, "
+      "Tensor place) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> block indices (B, H_kv, T, count) int64, ascending, then -1; and where there is v_cmp the
+  // attention to the compressed keys and its log-sum-exp, else empty
+  m.def(
+      "select_blocks(Tensor q, Tensor k_cmp, Tensor? v_cmp, Tensor? cache_seqlens, Tensor? counts, "
+      "int keys, int compress_length, int compress_stride, int block_size, int count, bool causal, "
+      "float scale) -> (Tensor, Tensor, Tensor)");
   // state (slots, H, P, N), x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D, dt_bias (H, P)
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

@@ -129,8 +129,9 @@ Named compute(const KernelTable& kernels, const Case& s, Inputs in, int threads)
   const auto numbers = [](Strided& x) {
     return GateTensor{x.data(), x.memory.dtype(), x.stride(0), x.stride(2), x.stride(1)};
   };
-  Named results = {{"out", like(in.v)}, {"last", like(in.d_last)}, {"dq", like(in.q)},
-                   {"dk", like(in.k)},  {"dv", like(in.v)},        {"d_beta", like(in.beta)},
+  Named results = {{"out", like(in.v)},       {"last", like(in.d_last)},
+                   {"dq", like(in.q)},        {"dk", like(in.k)},
+                   {"dv", like(in.v)},        {"d_beta", like(in.beta)},
                    {"d_gate", like(in.gate)}, {"d_initial", like(in.initial)}};
   const Sequences cut = s.cut();
   Array kept(sum_dtype(in.q.memory.dtype()),

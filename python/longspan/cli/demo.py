@@ -26,8 +26,6 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +44,9 @@ from longspan.cli._model import (
     read_document,
     set_threads,
 )
+from longspan.cli._scoring import SCORED_AT_MOST, layer_progress, plain_log_ticks, token_losses
 
 METHODS = ("sdpa", "longspan", "window")
-SCORED_AT_MOST = 1024
 
 _COLUMNS = (
     ("tokens", 7), ("attention", 10), ("prefill", 10), ("tokens/s", 10), ("peak memory", 12),
@@ -190,7 +188,7 @@ def _read(
     """One pass over ``tokens`` (1, T), measured: a row of the table, and the scored tokens' losses."""
     length = tokens.shape[1]
     _use(model, method)
-    with _progress(model, f"{length} tokens, {method}"), PeakMemory() as memory:
+    with layer_progress(model, f"{length} tokens, {method}"), PeakMemory() as memory:
         seconds = math.nan
         start = time.perf_counter()
 
@@ -211,7 +209,7 @@ def _read(
     )
     if method == "window":
         kept = kept // length * min(length, window_tokens)
-    losses = _losses(output.logits[0, :-1], tokens[0, -scored:])
+    losses = token_losses(output.logits[0, :-1], tokens[0, -scored:])
     row = {
         "tokens": length,
         "attention": method,
@@ -224,18 +222,6 @@ def _read(
     return row, losses
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each of ``targets`` (T,) under ``logits`` (T, vocabulary), float64.
-
-    In slices of 128 tokens, so that not all the logits exist in float32 at once.
-    """
-    parts = [
-        torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-        for part, target in zip(logits.split(128), targets.split(128))
-    ]
-    return torch.cat(parts).double()
-
-
 @torch.inference_mode()
 def _check_in_float32(model: Any, tokens: Tensor, scored: int) -> dict[str, Any]:
     """Exact attention against SDPA where rounding hides nothing: perplexity of both, and the verdict."""
@@ -243,9 +229,9 @@ def _check_in_float32(model: Any, tokens: Tensor, scored: int) -> dict[str, Any]
     losses = {}
     for method in ("sdpa", "longspan"):
         _use(model, method)
-        with _progress(model, f"float32 check, {tokens.shape[1]} tokens, {method}"):
+        with layer_progress(model, f"float32 check, {tokens.shape[1]} tokens, {method}"):
             logits = model(tokens, logits_to_keep=scored + 1).logits
-        losses[method] = _losses(logits[0, :-1], tokens[0, -scored:])
+        losses[method] = token_losses(logits[0, :-1], tokens[0, -scored:])
     perplexity = {method: x.mean().exp().item() for method, x in losses.items()}
     agrees_to = _agreement(losses["longspan"], losses["sdpa"], rounding=False)
     print(
@@ -254,25 +240,6 @@ def _check_in_float32(model: Any, tokens: Tensor, scored: int) -> dict[str, Any]
         flush=True,
     )
     return {"tokens": tokens.shape[1], "perplexity": perplexity, "agrees_to": agrees_to}
-
-
-@contextmanager
-def _progress(model: Any, label: str) -> Iterator[None]:
-    """A bar on stderr that moves on with each of the model's layers, and goes when they are done."""
-    from tqdm import tqdm
-
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=())
-    with tqdm(total=len(layers), desc=label, unit="layer", leave=False) as bar:
-
-        def layer_is_done(*_: Any) -> None:  # what a hook returns would replace the layer's output
-            bar.update()
-
-        hooks = [layer.register_forward_hook(layer_is_done) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _print_row(row: dict[str, Any], baseline: dict[str, Any]) -> None:
@@ -356,7 +323,7 @@ def _plot(path: Path, report: dict[str, Any]) -> None:
         axes.set(title=title, xlabel="length (tokens)", ylabel=unit, xscale="log", yscale="log")
         axes.set_xticks(ticks, [f"{n}" for n in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(_plain_log_ticks())
+        axes.yaxis.set_major_locator(plain_log_ticks())
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     if report["trained_tokens"] and ticks[0] <= report["trained_tokens"] < ticks[-1]:
@@ -366,9 +333,3 @@ def _plot(path: Path, report: dict[str, Any]) -> None:
     perplexity_axes.legend()
     figure.suptitle(f"{report['model']}, {report['dtype']}, {report['threads']} threads")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
-
-
-def _plain_log_ticks() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1.0, 2.0, 5.0))

@@ -8,6 +8,7 @@ instead of                      import
 ``causal_conv1d`` (Dao)         `longspan.compat.causal_conv1d`
 ``fla`` (Yang and Zhang)        `longspan.compat.fla`
 ``fast_transformers`` (Idiap)   `longspan.compat.fast_transformers`
+``moba`` (MoonshotAI)           `longspan.compat.moba`
 =============================== ==============================
 
 Or swap none: `install` puts them under the peers' own names. `flex_attention` stands in for the function

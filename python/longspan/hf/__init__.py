@@ -1,14 +1,19 @@
 """transformers on longspan.
 
 `register` makes ``attn_implementation="longspan"`` known; `accelerate` gives layers of a model faster
-forwards.
+forwards; `extend_context` has a model read further than it was trained to; `to_longformer` makes a short
+encoder long.
 
 Example::
 
     longspan.hf.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longspan")
 
-    longspan.hf.accelerate(model)  # Mamba and its relatives
+    longspan.hf.accelerate(model)  # Mamba and its relatives, Longformer, BigBird
+
+    longspan.hf.extend_context(model, "yarn", factor=4)
+
+    longspan.hf.to_longformer(encoder, window=512, max_length=16384)
 """
 
 try:
@@ -18,6 +23,21 @@ except ImportError as error:
 
 from longspan.hf.accelerate import Accelerated, accelerate
 from longspan.hf.attention import longspan_attention, register
+from longspan.hf.caches import GrowingCache, UnrotatedCache, WindowCache
+from longspan.hf.extend import Extended, extend_context
 from longspan.hf.masks import longspan_mask
+from longspan.hf.to_longformer import to_longformer
 
-__all__ = ["Accelerated", "accelerate", "longspan_attention", "longspan_mask", "register"]
+__all__ = [
+    "Accelerated",
+    "Extended",
+    "GrowingCache",
+    "UnrotatedCache",
+    "WindowCache",
+    "accelerate",
+    "extend_context",
+    "longspan_attention",
+    "longspan_mask",
+    "register",
+    "to_longformer",
+]

@@ -1,13 +1,15 @@
 """Faster forwards for layers of transformers models: `accelerate`."""
 
-import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from longspan.hf._replace import Undoable, give_back, known_class, replace_forward, replacements
+from longspan.hf.bigbird import bigbird_forward
+from longspan.hf.longformer import encoder_forward, longformer_forward
 from longspan.hf.mamba import mamba_forward
 from longspan.hf.mamba2 import (
     falcon_h1_gated_norm_forward,
@@ -37,20 +39,15 @@ _FORWARDS: dict[str, Forward] = {
     "granitemoehybrid.GraniteMoeHybridRMSNormGated": gated_norm_forward,
     "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
     "zamba2.Zamba2RMSNormGated": gated_norm_forward,
+    "longformer.LongformerSelfAttention": longformer_forward,
+    "longformer.LongformerEncoder": encoder_forward,
+    "led.LEDEncoderSelfAttention": longformer_forward,
+    "big_bird.BigBirdBlockSparseAttention": bigbird_forward,
+    "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": bigbird_forward,
 }
 
-# Where a module's own forward may lie: accelerate's hooks (device maps) move it to the second.
-_SLOTS = ("forward", "_old_forward")
 
-
-class _Replacement(functools.partial[Any]):
-    """A forward bound to its module, in place of the class's; copied and pickled with the module."""
-
-    replaced: Any = None  # what the slot held before, if it was not the class's own
-    of_class: str = ""
-
-
-class Accelerated:
+class Accelerated(Undoable):
     """What `accelerate` did to a model; on leaving it as a context, or by `undo`, it is undone.
 
     Example::
@@ -67,32 +64,11 @@ class Accelerated:
     @property
     def counts(self) -> dict[str, int]:
         """How many layers of each class run on longspan now."""
-        return dict(Counter(found.of_class for _, _, found in self._replacements()))
+        return dict(Counter(found.of_class for _, _, found in replacements(self._modules)))
 
     def undo(self) -> None:
         """Give every layer its own forward back; harmless where that was done before."""
-        for module, slot, found in list(self._replacements()):
-            if found.replaced is not None:
-                setattr(module, slot, found.replaced)
-            elif slot == "forward":
-                del module.__dict__[slot]
-            else:
-                setattr(module, slot, type(module).forward.__get__(module))
-
-    def _replacements(self) -> Iterator[tuple[nn.Module, str, _Replacement]]:
-        for module in self._modules:
-            for slot in _SLOTS:
-                found = module.__dict__.get(slot)
-                if isinstance(found, _Replacement):
-                    yield module, slot, found
-
-    def __enter__(self) -> "Accelerated":
-        """Stay accelerated until the context is left."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Undo, also after an error."""
-        self.undo()
+        give_back(self._modules)
 
     def __repr__(self) -> str:
         """The counts."""
@@ -107,7 +83,10 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
     within them):
 
     - Mamba, FalconMamba, Jamba, Zamba: convolution, selective scan and decoding step;
-    - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm.
+    - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm;
+    - Longformer, LED (encoder): attention by window and global tokens, dropout included; Longformer's
+      encoder leaves out the tokens that fill up the last window;
+    - BigBird, BigBirdPegasus (encoder): block-sparse attention.
 
     Modules, parameters, state_dict and caches stay what they are: training, gradient checkpointing,
     ``generate`` with beams, left padding, ``save_pretrained``, deepcopy and pickle go on as before.
@@ -120,15 +99,23 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
       or ignores them, if the model hands these to its layers: MambaForCausalLM, Mamba2ForCausalLM
       (unlike Mamba2Model), FalconMamba and Jamba do not.
     - float64 models calculate in float64 throughout.
+    - BigBird sees the random blocks that it was trained with in evaluation too, where transformers
+      has block 0 in their place, counted once more for each; and a block that is drawn twice, or is
+      seen anyway, counts once (at 1024, 3072 and 4096 tokens transformers draws such ones).
 
-    Padding counts as a step with zero input, as in transformers, and lets a state decay: pad on the
-    left where a cache shall be continued. On a device without kernels the layers run on the
-    operators' plain torch reference. A model may be compiled before or after, in one graph: the next
-    call compiles what is there then.
+    Longformer and BigBird: padding is hidden, not made unlikely. Weights are never formed, so a call
+    with ``output_attentions`` runs on the model's own layers. Where BigBird turns to full attention for
+    a short text, and after ``set_attention_type``, its layers are new ones: accelerate it again.
+
+    For Mamba's layers padding is a step with zero input, as in transformers, and lets a state decay:
+    pad on the left where a cache shall be continued. On a device without kernels the layers run on
+    the operators' plain torch reference. A model may be compiled before or after: the next call
+    compiles what is there then, in one graph, or for Longformer and BigBird, whose masks follow from
+    values, in several.
 
     Args:
         model: A transformers model, or any module with such layers in it.
-        hf_compat: Repeat what transformers does in the first two points above.
+        hf_compat: Repeat what transformers does in the first two points above, and in the last.
 
     Returns:
         `Accelerated`: its ``counts`` by class, and ``undo()``; as a context manager it undoes on exit.
@@ -158,30 +145,10 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
 
 def _replace(module: nn.Module, hf_compat: bool) -> bool:
     """Put our forward in place if the module's own is one that we know."""
-    name = _known_class(type(module))
+    name = known_class(type(module), _FORWARDS)
     if name is None:
         return False
     forward = _FORWARDS[name]
     takes = "hf_compat" in inspect.signature(forward).parameters
-    ours = _Replacement(forward, module, **({"hf_compat": hf_compat} if takes else {}))
-    ours.of_class = type(module).__name__
-    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    before = module.__dict__.get(slot)
-    if isinstance(before, _Replacement):
-        before = before.replaced
-    elif getattr(before, "__func__", None) is type(module).forward:
-        before = None  # the class's own, bound
-    ours.replaced = before
-    setattr(module, slot, ours)
+    replace_forward(module, forward, **({"hf_compat": hf_compat} if takes else {}))
     return True
-
-
-def _known_class(kind: type[nn.Module]) -> str | None:
-    """The name in the table of the class whose forward this one has: its own or inherited."""
-    for base in kind.__mro__:
-        if "forward" in vars(base):
-            package, _, module = base.__module__.rpartition(".modeling_")
-            name = f"{module}.{base.__qualname__}"
-            known = package == f"transformers.models.{module}" and name in _FORWARDS
-            return name if known else None
-    return None

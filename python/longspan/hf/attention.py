@@ -9,6 +9,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.utils.import_utils import is_tracing
 
 from longspan.hf.masks import KeyRanges, Packed, decode_mask, longspan_mask
+from longspan.hf.rope_methods import register_methods
 from longspan.ops._autograd import wants_gradient
 from longspan.ops._checks import autocast
 from longspan.ops.attention import attention, attention_decode, attention_varlen
@@ -27,6 +28,9 @@ def register() -> None:
     from `longspan_mask`: exact attention, softcap, sliding windows, learned sinks, attention dropout,
     forward and backward, in memory linear in tokens.
 
+    Configurations may then also have the ``rope_type`` "dynamic_linear" and "dynamic_yarn", which
+    `extend_context` stores.
+
     Example::
 
         longspan.hf.register()
@@ -34,6 +38,7 @@ def register() -> None:
     """
     AttentionInterface.register(_NAME, longspan_attention)
     AttentionMaskInterface.register(_NAME, longspan_mask)
+    register_methods()
 
 
 def longspan_attention(

@@ -396,13 +396,17 @@ class Attention(nn.Module):
         wanted = (batch, self.num_kv_heads, None, self.head_dim)
         check_shape("Attention", "cache", cache.k, wanted, "(batch, kv_heads, slots, head_dim)")
 
+    def _check_no_gradient(self, cache: KVCache, k: Tensor, *tensors: Tensor) -> None:
+        name = type(self).__name__
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError(f"{name}: cache: no gradient passes a cache; use torch.no_grad()")
+        if cache.k.dtype != k.dtype:
+            raise TypeError(f"{name}: cache: expected k's dtype, {k.dtype}, got {cache.k.dtype}")
+
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, cache: KVCache) -> Tensor:
         """Append k and v, and attend from q to all that the cache holds: (B, H, T, D)."""
         t = q.shape[2]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise RuntimeError("Attention: cache: no gradient passes a cache; use torch.no_grad()")
-        if cache.k.dtype != k.dtype:
-            raise TypeError(f"Attention: cache: expected k's dtype, {k.dtype}, got {cache.k.dtype}")
+        self._check_no_gradient(cache, k, q, k, v)
         before = cache.lengths
         if real is None:
             if not torch.compiler.is_compiling():  # there the operator checks

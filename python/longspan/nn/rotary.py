@@ -1,84 +1,13 @@
 """`RotaryEmbedding`: rotation by position with any of `longspan.rope`'s scaling methods."""
 
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from longspan.ops._checks import check_between, check_integers
 from longspan.ops.rotary import apply_rotary
-from longspan.rope.frequencies import GROWING, frequencies
-
-# A table of more positions is not kept: angles are computed where they are needed.
-_MOST_KEPT = 1 << 16
-
-
-class _Angles:
-    """Cosines and sines of one setting, shared by all modules that have it."""
-
-    def __init__(self, settings: dict[str, Any], unscaled_tokens: int) -> None:
-        self.settings, self.unscaled_tokens = settings, unscaled_tokens
-        self.growing = settings["method"] in GROWING or bool(settings.get("dynamic"))
-        self.now = self._frequencies(None)
-        self.length: int | None = None  # that `now` is for
-        plain = {"method": "default", "head_dim": settings["head_dim"]}
-        if settings["method"] == "proportional":
-            plain["method"] = "proportional"
-        for name in ("base", "partial_rotary_factor"):
-            if name in settings:
-                plain[name] = settings[name]
-        self.unscaled, _ = frequencies(**plain)
-        self.table: tuple[Tensor, Tensor] | None = None
-
-    def __reduce__(self) -> Any:
-        return _angles, (self.settings, self.unscaled_tokens)
-
-    def _frequencies(self, seq_len: int | None) -> tuple[Tensor, float]:
-        return frequencies(**self.settings, seq_len=seq_len)
-
-    def grow(self, seq_len: int) -> None:
-        """Take the frequencies of this length; the table goes where they are others."""
-        if self.growing and seq_len != self.length:
-            before, self.now, self.length = self.now, self._frequencies(seq_len), seq_len
-            if self.now[1] != before[1] or not torch.equal(self.now[0], before[0]):
-                self.table = None
-
-    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (..., T, R) at positions (..., T), from angles in float64."""
-        inv_freq, scale = self.now
-        where = positions.double()[..., None]
-        angle = where * inv_freq.to(where)
-        if self.unscaled_tokens:
-            unscaled = where * self.unscaled.to(where)
-            angle = torch.where(where < self.unscaled_tokens, unscaled, angle)
-        cos, sin = ((x * scale).to(dtype) for x in (angle.cos(), angle.sin()))
-        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-
-    def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """At least ``length`` rows, kept for the next call."""
-        table = self.table
-        if (
-            table is None
-            or len(table[0]) < length
-            or table[0].device != device
-            or table[0].dtype != dtype
-        ):
-            rows = min(_MOST_KEPT, 1 << max(6, (length - 1).bit_length()))
-            with torch.inference_mode(False), torch.no_grad():
-                table = self.table = self.at(torch.arange(rows, device=device), dtype)
-        return table
-
-
-_shared: WeakValueDictionary[str, _Angles] = WeakValueDictionary()
-
-
-def _angles(settings: dict[str, Any], unscaled_tokens: int) -> _Angles:
-    key = repr((sorted(settings.items()), unscaled_tokens))
-    found = _shared.get(key)
-    if found is None:
-        found = _shared[key] = _Angles(settings, unscaled_tokens)
-    return found
+from longspan.rope.angles import MOST_KEPT, shared_angles
 
 
 class RotaryEmbedding(nn.Module):
@@ -130,7 +59,7 @@ class RotaryEmbedding(nn.Module):
         check_between("RotaryEmbedding", "unscaled_tokens", unscaled_tokens, 0, float("inf"))
         self.settings = {"method": method, "head_dim": head_dim, **options}
         self.interleaved, self.unscaled_tokens = interleaved, unscaled_tokens
-        self._angles = _angles(self.settings, unscaled_tokens)
+        self._angles = shared_angles(self.settings, unscaled_tokens)
 
     def forward(
         self, q: Tensor, k: Tensor | None, positions: Tensor | None = None, *, seq_len: int | None = None
@@ -154,7 +83,7 @@ class RotaryEmbedding(nn.Module):
         if angles.growing:
             angles.grow(last if seq_len is None else seq_len)
             kept = kept and (angles.table is not None or positions.numel() >= last)
-        if kept and last <= _MOST_KEPT:
+        if kept and last <= MOST_KEPT:
             cos, sin = angles.tables(last, q.device, dtype)
             return apply_rotary(q, k, cos, sin, interleaved=self.interleaved, positions=positions)
         cos, sin = angles.at(positions, dtype)

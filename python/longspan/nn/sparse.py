@@ -1,86 +1,23 @@
 """Self-attention of Longformer, BigBird and the Sparse Transformer, over block masks."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longspan.ops._checks import check_floating, check_positive, check_shape, check_tensor
-from longspan.ops.attention import attention
-from longspan.ops.block_sparse import block_sparse_attention
-from longspan.patterns import BlockMask, bigbird, longformer, sparse_transformer
-
-# Masks are made at the first call of a length and kept: layers of one model share them.
-_bigbird = lru_cache(64)(bigbird)
-_sparse_transformer = lru_cache(16)(sparse_transformer)
-
-
-@lru_cache(64)
-def _longformer(
-    tokens: int, window: int, dilation: int, causal: bool, where: tuple[int, ...]
-) -> BlockMask:
-    return longformer(
-        tokens,
-        window=window,
-        global_tokens=where,
-        dilation=dilation,
-        causal=causal,
-        global_queries=False,
-    )
+from longspan.nn._sparse import (
+    SelfAttention,
+    cached_mask,
+    longformer_attention,
+    longformer_mask,
+    without_padding,
+)
+from longspan.ops._checks import check_positive
+from longspan.patterns import BlockMask, bigbird, sparse_transformer
 
 
-class _SelfAttention(nn.Module):
-    """What the three share: heads, and padding."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        name = type(self).__name__
-        check_positive(name, "hidden_size", hidden_size)
-        check_positive(name, "num_heads", num_heads)
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"{name}: hidden_size: expected a multiple of num_heads, {num_heads}, got {hidden_size}"
-            )
-        self.hidden_size, self.num_heads = hidden_size, num_heads
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _check(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """x, with zeros for padding: whatever it holds reaches no product."""
-        name = type(self).__name__
-        check_tensor(name, "x", x)
-        check_floating(name, "x", x)
-        check_shape(name, "x", x, (None, None, self.hidden_size), "(batch, tokens, hidden_size)")
-        if key_mask is None:
-            return x
-        self._check_bool("key_mask", key_mask, x)
-        return torch.where(key_mask[..., None], x, 0)
-
-    def _check_bool(self, label: str, mask: Tensor, x: Tensor) -> None:
-        name = type(self).__name__
-        check_tensor(name, label, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: {label}: expected bool, got {mask.dtype}")
-        check_shape(name, label, mask, x.shape[:2], "(batch, tokens)")
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, key_mask: Tensor | None
-    ) -> Tensor:
-        """Of projected rows (B, T, H * D), 0 for padding."""
-        if key_mask is not None and not bool(key_mask.all()):
-            mask = mask.hide_keys(key_mask)
-        out = block_sparse_attention(self._heads(q), self._heads(k), self._heads(v), mask)
-        return _without_padding(out.transpose(1, 2).flatten(2), key_mask)
-
-
-def _without_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    return x if key_mask is None else torch.where(key_mask[..., None], x, 0)
-
-
-class LongformerSelfAttention(_SelfAttention):
+class LongformerSelfAttention(SelfAttention):
     """Longformer's attention: a window for each token, and global tokens with projections of their own.
 
     A token sees its window and the global tokens, in one softmax; a global token sees everything,
@@ -152,20 +89,19 @@ class LongformerSelfAttention(_SelfAttention):
             TypeError, ValueError: A dtype or shape does not fit.
         """
         x = self._check(x, key_mask)
-        where: list[tuple[int, ...]] = [()] * len(x)
         if global_mask is not None:
             self._check_bool("global_mask", global_mask, x)
-            real = global_mask if key_mask is None else global_mask & key_mask
-            where = [tuple(row.nonzero().view(-1).tolist()) for row in real]
-        options = (x.shape[1], self.attention_window, self.dilation, self.causal)
-        each = [
-            _longformer(*options, tokens) for tokens in (where if len(set(where)) > 1 else where[:1])
-        ]
-        if not each:  # an empty batch
-            each = [_longformer(*options, ())]
-        mask = each[0] if len(each) == 1 else BlockMask.stack(each)
-        out = self._attend(self.query(x), self.key(x), self.value(x), mask, key_mask)
-        return self._with_global_rows(out, x, where, key_mask) if any(where) else out
+        options = (self.dilation, self.causal)
+        mask = longformer_mask(x.shape[1], self.attention_window, global_mask, key_mask, *options)
+        return longformer_attention(
+            self,
+            x,
+            self.num_heads,
+            mask,
+            is_global=global_mask,
+            key_mask=key_mask,
+            causal=self.causal,
+        )
 
     def extra_repr(self) -> str:
         """The options that are not modules."""
@@ -174,25 +110,8 @@ class LongformerSelfAttention(_SelfAttention):
             f"dilation={self.dilation}, causal={self.causal}"
         )
 
-    def _with_global_rows(
-        self, out: Tensor, x: Tensor, where: list[tuple[int, ...]], key_mask: Tensor | None
-    ) -> Tensor:
-        """``out`` with the global tokens' rows; shorter lists are filled up with token 0."""
-        most = max(map(len, where))
-        index = torch.tensor([row + (0,) * (most - len(row)) for row in where], device=x.device)
-        chosen = torch.tensor([[i < len(row) for i in range(most)] for row in where], device=x.device)
-        rows = torch.arange(len(x), device=x.device)[:, None].expand_as(index)
-        seen = None if key_mask is None else key_mask[:, None, None]
-        if self.causal:
-            before = index[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)
-            seen = before if seen is None else seen & before
-        q, k, v = self.query_global(x[rows, index]), self.key_global(x), self.value_global(x)
-        found = attention(self._heads(q), self._heads(k), self._heads(v), seen)
-        found = found.transpose(1, 2).flatten(2)
-        return out.index_put((rows[chosen], index[chosen]), found[chosen])
 
-
-class BigBirdSelfAttention(_SelfAttention):
+class BigBirdSelfAttention(SelfAttention):
     """BigBird's attention: neighbouring, random and global blocks (Zaheer et al. 2020).
 
     Parameters are named as in transformers' ``BigBirdBlockSparseAttention``, so its state_dict loads;
@@ -253,13 +172,10 @@ class BigBirdSelfAttention(_SelfAttention):
             TypeError, ValueError: A dtype or shape does not fit.
         """
         x = self._check(x, key_mask)
-        mask = _bigbird(
-            x.shape[1],
-            block_size=self.block_size,
-            num_random_blocks=self.num_random_blocks,
-            heads=self.num_heads,
-            seed=self.seed,
-        )
+        mask = cached_mask(
+            _bigbird, x.shape[1], self.block_size, self.num_random_blocks, self.num_heads, self.seed,
+            key_mask=key_mask,
+        )  # fmt: skip
         return self._attend(self.query(x), self.key(x), self.value(x), mask, key_mask)
 
     def extra_repr(self) -> str:
@@ -270,7 +186,7 @@ class BigBirdSelfAttention(_SelfAttention):
         )
 
 
-class SparseTransformerAttention(_SelfAttention):
+class SparseTransformerAttention(SelfAttention):
     """The Sparse Transformer's attention, causal: strided or fixed factors (Child et al. 2019).
 
     ``y = o_proj(attention(q_proj(x), k_proj(x), v_proj(x)))`` over
@@ -320,7 +236,7 @@ class SparseTransformerAttention(_SelfAttention):
             "summary": summary,
             "heads": None if heads is None else tuple(heads),
         }
-        _sparse_transformer(1, **self._pattern)  # raises for what does not fit
+        sparse_transformer(1, **self._pattern)  # raises for what does not fit
         kind: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, hidden_size, **kind)
         self.k_proj = nn.Linear(hidden_size, hidden_size, **kind)
@@ -337,11 +253,21 @@ class SparseTransformerAttention(_SelfAttention):
             TypeError, ValueError: A dtype or shape does not fit.
         """
         x = self._check(x, key_mask)
-        mask = _sparse_transformer(x.shape[1], **self._pattern)
+        mask = cached_mask(_sparse_transformer, x.shape[1], *self._pattern.items(), key_mask=key_mask)
         out = self._attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), mask, key_mask)
-        return _without_padding(self.o_proj(out), key_mask)
+        return without_padding(self.o_proj(out), key_mask)
 
     def extra_repr(self) -> str:
         """The options that are not modules."""
         pattern = ", ".join(f"{name}={value!r}" for name, value in self._pattern.items())
         return f"num_heads={self.num_heads}, {pattern}"
+
+
+def _bigbird(tokens: int, block_size: int, num_random_blocks: int, heads: int, seed: int) -> BlockMask:
+    return bigbird(
+        tokens, block_size=block_size, num_random_blocks=num_random_blocks, heads=heads, seed=seed
+    )
+
+
+def _sparse_transformer(tokens: int, *pattern: tuple[str, Any]) -> BlockMask:
+    return sparse_transformer(tokens, **dict(pattern))

@@ -219,6 +219,12 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, along the last dimension; whatever the strides, the same bits."""
+    y = x.to(sum_dtype(x)).contiguous()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def empty_heads(like: Tensor, channels: int) -> Tensor:
     """As csrc/torch/tensors.h: tokens outside heads in memory where ``like`` has them so."""
     b, h, t, _ = like.shape

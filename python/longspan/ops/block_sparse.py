@@ -35,6 +35,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Any:
     """Exact attention over the keys that a block mask lets each query see.
@@ -55,6 +56,8 @@ def block_sparse_attention(
         softcap: c > 0 replaces a score x by c * tanh(x / c), after ``scale``; 0 is off.
         alibi_slopes: (H,) or (B, H); ``slope * |i + T_k - T_q - j|`` is subtracted. Not
             differentiable.
+        dropout_p: Probability in [0, 1) of dropping a weight; drawn from torch's generator, and of
+            weights that both see what `longspan.attention` drops after the same ``manual_seed``.
         return_lse: Also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -73,7 +76,7 @@ def block_sparse_attention(
     """
     name = "block_sparse_attention"
     q, k, v = check_attention(name, q, k, v)
-    check_attention_options(name, q, q.shape[0], 0, None, alibi_slopes, softcap, 0.0)
+    check_attention_options(name, q, q.shape[0], 0, None, alibi_slopes, softcap, dropout_p)
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"{name}: block_mask: expected a longspan.patterns.BlockMask (BlockMask.from_flex and "
@@ -94,16 +97,18 @@ def block_sparse_attention(
                 f"{name}: block_mask: expected {what} of {n}, as q has them, or 1, got {got}"
             )
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    seed = torch.randint(2**62, (1,)) if dropout_p else None
     if has_kernels(name, q):
         m = block_mask
         out, lse = _forward(
             q, k, v, m.row_begins, m.columns, m.row_patterns, m.column_begins, m.rows,
-            m.column_patterns, m.bits, alibi_slopes, m.batch, m.heads, scale, softcap,
+            m.column_patterns, m.bits, alibi_slopes, seed, m.batch, m.heads, scale, softcap, dropout_p,
         )  # fmt: skip
     else:
         out, lse = reference.block_sparse_attention(
-            q, k, v, block_mask.to_dense(), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes
-        )
+            q, k, v, block_mask.to_dense(), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p, dropout_seed=seed,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -131,8 +136,8 @@ class _BlockSparseAttention(OperatorFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         output = below_autograd(_forward, *args)
-        ctx.save_for_backward(*args[:3], *output, *args[3:11])
-        ctx.scalars = args[11:]
+        ctx.save_for_backward(*args[:3], *output, *args[3:12])
+        ctx.scalars = args[12:]
         ctx.set_materialize_grads(False)
         return output
 
@@ -140,7 +145,7 @@ class _BlockSparseAttention(OperatorFunction):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out, d_lse = gradients
         d_out = torch.zeros_like(ctx.saved_tensors[3]) if d_out is None else d_out
-        return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.scalars), *([None] * 12)
+        return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.scalars), *([None] * 14)
 
 
 register_autograd("block_sparse_attention_forward", _BlockSparseAttention)

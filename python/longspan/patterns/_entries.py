@@ -146,17 +146,33 @@ def seen_keys(grid: Grid, seen: Tensor) -> Entries:
 
 
 def without_keys(grid: Grid, entries: Entries, visible: Tensor) -> Entries:
-    """A mask of one list without the keys that are not ``visible`` (bool, as many as there are)."""
+    """A mask without the keys that are not ``visible`` (bool, as many as there are)."""
     padded = torch.zeros(grid.columns * grid.key_block, dtype=torch.bool)
     padded[: grid.keys] = visible
     padded[grid.keys :] = padded[grid.keys - 1 : grid.keys]  # nobody looks; spares a pattern
     words = torch.where(padded.view(grid.columns, 1, grid.key_block), -1, 0)
-    column = entries.keys % grid.columns
-    cut = (~(words == -1).flatten(1).all(1))[column]
-    cut_bits = entries.bits[entries.patterns[cut]] & words[column[cut]]
-    patterns = entries.patterns.clone()
-    patterns[cut] = len(entries.bits) + torch.arange(len(cut_bits))
-    return canonical(Entries(entries.keys, patterns, torch.cat([entries.bits, cut_bits])))
+    whole, none = ((words == x).flatten(1).all(1) for x in (-1, 0))
+    kept = ~none[entries.keys % grid.columns]
+    keys, patterns = entries.keys[kept], entries.patterns[kept]
+    column = keys % grid.columns
+    cut = ~whole[column]
+    # Few patterns meet few columns that are cut.
+    pairs, which = torch.unique(patterns[cut] * grid.columns + column[cut], return_inverse=True)
+    cut_bits = entries.bits[pairs // grid.columns] & words[pairs % grid.columns]
+    patterns[cut] = len(entries.bits) + which
+    return canonical(Entries(keys, patterns, torch.cat([entries.bits, cut_bits])))
+
+
+def stacked(each: list[Entries], size: int) -> Entries:
+    """Masks of ``size`` blocks each, one list after the other."""
+    count = 0
+    keys, patterns = [], []
+    for i, entries in enumerate(each):
+        keys.append(entries.keys + i * size)
+        patterns.append(entries.patterns + count)
+        count += len(entries.bits)
+    bits = torch.cat([entries.bits for entries in each])
+    return canonical(Entries(torch.cat(keys), torch.cat(patterns), bits))
 
 
 def seeing_queries(grid: Grid, seen: Tensor) -> Entries:

@@ -16,6 +16,7 @@ from longspan.patterns._entries import (
     combine,
     pack,
     rectangles,
+    stacked,
     unpack,
     without_keys,
 )
@@ -261,15 +262,8 @@ class BlockMask:
                     f"{first.block_size}, heads {first.heads} and batch 1, got {mask}"
                 )
         size = first.heads * first._grid().rows * first._grid().columns
-        keys, patterns, bits, count = [], [], [], 0
-        for i, mask in enumerate(masks):
-            entries = mask._entries()
-            keys.append(entries.keys + i * size)
-            patterns.append(entries.patterns + count)
-            bits.append(entries.bits)
-            count += len(entries.bits)
         grid = Grid(len(masks) * first.heads, *first.shape, *first.block_size)
-        entries = canonical(Entries(torch.cat(keys), torch.cat(patterns), torch.cat(bits)))
+        entries = stacked([mask._entries() for mask in masks], size)
         return cls(grid, entries, batch=len(masks), heads=first.heads)
 
     # ---- combined, and back
@@ -307,15 +301,16 @@ class BlockMask:
             hidden = without_keys(grid, entries, rows[0])
             return BlockMask(grid, hidden, batch=self.batch, heads=self.heads)
         size = self.heads * grid.rows * grid.columns
+        one = Grid(self.heads, *self.shape, *self.block_size)
         each = []
         for i, row in enumerate(rows):
             mine = entries
             if self.batch > 1:
                 chosen = entries.keys // size == i
                 mine = Entries(entries.keys[chosen] % size, entries.patterns[chosen], entries.bits)
-            one = Grid(self.heads, *self.shape, *self.block_size)
-            each.append(BlockMask(one, without_keys(one, mine, row), heads=self.heads))
-        return BlockMask.stack(each)
+            each.append(without_keys(one, mine, row))
+        grid = Grid(len(rows) * self.heads, *self.shape, *self.block_size)
+        return BlockMask(grid, stacked(each, size), batch=len(rows), heads=self.heads)
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """What both see. Shapes and block sizes must be equal; batch and heads may be 1."""

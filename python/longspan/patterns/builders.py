@@ -135,6 +135,7 @@ def bigbird(
     heads: int = 1,
     seed: int = 0,
     extra_tokens: int = 0,
+    random_blocks: Tensor | None = None,
 ) -> BlockMask:
     """BigBird: blocks of tokens that see their neighbours, some random blocks, and global ones.
 
@@ -152,6 +153,8 @@ def bigbird(
         extra_tokens: 0 is the internal construction (ITC): the first and the last block are global,
             seeing and being seen by all. Above 0 is the extended one (ETC): so many first tokens are
             global and the blocks begin after them.
+        random_blocks: (heads, blocks, n) integers, each block's random ones, in place of those that
+            ``num_random_blocks`` and ``seed`` would draw: from a model that has its own.
 
     Raises:
         ValueError: A value does not fit.
@@ -167,8 +170,6 @@ def bigbird(
             raise ValueError(f"{name}: {label}: expected 0 or more, got {x}")
     if extra_tokens > T:
         raise ValueError(f"{name}: extra_tokens: expected up to T, {T}, got {extra_tokens}")
-    aligned = block_size % 64 == 0
-    grid = _grid(name, T, T, heads, block_size if aligned else 64)
     blocks = -(-(T - extra_tokens) // block_size)
     internal = extra_tokens == 0
     rows = torch.arange(blocks)
@@ -177,7 +178,11 @@ def bigbird(
     fixed = torch.cat([near, ends.expand(blocks, -1)], 1).masked_fill(
         torch.cat([(near < 0) | (near >= blocks), torch.zeros(blocks, len(ends)).bool()], 1), blocks
     )
-    seen = _with_random_blocks(fixed, blocks, num_random_blocks, heads, seed)
+    if random_blocks is None:
+        seen = _with_random_blocks(fixed, blocks, num_random_blocks, heads, seed)
+    else:
+        _check_random_blocks(random_blocks, heads, blocks)
+        seen = torch.cat([fixed.expand(heads, -1, -1), random_blocks.cpu().long()], 2)
     listed = (seen < blocks).nonzero()
     which, row = listed[:, 0], listed[:, 1]
     column = seen[seen < blocks]
@@ -189,20 +194,45 @@ def bigbird(
         which = torch.cat([which, number // max(1, len(first_and_last) * blocks)])
         row = torch.cat([row, first_and_last.repeat_interleave(blocks).repeat(heads)])
         column = torch.cat([column, rows.repeat(heads * len(first_and_last))])
+        return of_blocks(T, block_size, heads, which, row, column)
     chosen = torch.unique((which * blocks + row) * blocks + column)
-    if aligned and internal:
-        return BlockMask(
-            grid, Entries(chosen, torch.zeros_like(chosen), _nothing_but_whole(grid)), heads=heads
-        )
     which, row, column = chosen // blocks**2, chosen // blocks % blocks, chosen % blocks
     q, k = (extra_tokens + x * block_size for x in (row, column))
     edges = [q, (q + block_size).clamp(max=T), k, (k + block_size).clamp(max=T)]
-    if not internal:  # the extra tokens' rows, and their columns below
-        lists = torch.arange(heads)
-        which = torch.cat([which, lists, lists])
-        extra = torch.tensor([[0, extra_tokens, 0, T], [extra_tokens, T, 0, extra_tokens]])
-        edges = [torch.cat([e, x.repeat_interleave(heads)]) for e, x in zip(edges, extra.unbind(1))]
+    # The extra tokens' rows, and their columns below.
+    grid = _grid(name, T, T, heads, block_size if block_size % 64 == 0 else 64)
+    lists = torch.arange(heads)
+    which = torch.cat([which, lists, lists])
+    extra = torch.tensor([[0, extra_tokens, 0, T], [extra_tokens, T, 0, extra_tokens]])
+    edges = [torch.cat([e, x.repeat_interleave(heads)]) for e, x in zip(edges, extra.unbind(1))]
     return BlockMask(grid, rectangles(grid, which, *edges), heads=heads)
+
+
+def of_blocks(
+    T: int, block_size: int, heads: int, which: Tensor, row: Tensor, column: Tensor
+) -> BlockMask:
+    """Blocks seen whole, as lists of their heads, rows and columns; one that is named twice counts once.
+
+    As `BlockMask.from_layout`, without rows x columns of memory.
+    """
+    blocks = -(-T // block_size)
+    chosen = torch.unique((which * blocks + row) * blocks + column)
+    if block_size % 64 == 0:
+        grid = _grid("of_blocks", T, T, heads, block_size)
+        entries = Entries(chosen, torch.zeros_like(chosen), _nothing_but_whole(grid))
+        return BlockMask(grid, entries, heads=heads)
+    grid = _grid("of_blocks", T, T, heads, 64)
+    which, row, column = chosen // blocks**2, chosen // blocks % blocks, chosen % blocks
+    q, k = row * block_size, column * block_size
+    edges = [q, (q + block_size).clamp(max=T), k, (k + block_size).clamp(max=T)]
+    return BlockMask(grid, rectangles(grid, which, *edges), heads=heads)
+
+
+def rectangle(T: int, queries: tuple[int, int], keys: tuple[int, int]) -> BlockMask:
+    """Queries from begin to end see keys from begin to end, and the others nothing."""
+    grid = _grid("rectangle", T, T, 1, 64)
+    edges = (torch.tensor([x]) for x in (*queries, *keys))
+    return BlockMask(grid, rectangles(grid, torch.zeros(1, dtype=torch.int64), *edges))
 
 
 def sparse_transformer(
@@ -300,6 +330,19 @@ def _factor(grid: Grid, kind: str, mode: str, stride: int, summary: int) -> Entr
 
 def _nothing_but_whole(grid: Grid) -> Tensor:
     return torch.full((1, grid.query_block // 64, grid.key_block), -1)
+
+
+def _check_random_blocks(random_blocks: Tensor, heads: int, blocks: int) -> None:
+    name = "bigbird: random_blocks"
+    if random_blocks.dtype.is_floating_point or random_blocks.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {random_blocks.dtype}")
+    if random_blocks.dim() != 3 or random_blocks.shape[:2] != (heads, blocks):
+        raise ValueError(f"{name}: expected ({heads}, {blocks}, n), got {tuple(random_blocks.shape)}")
+    if random_blocks.numel() and not 0 <= int(random_blocks.min()) <= int(random_blocks.max()) < blocks:
+        raise ValueError(
+            f"{name}: expected blocks from 0 to {blocks - 1}, "
+            f"got {int(random_blocks.min())} to {int(random_blocks.max())}"
+        )
 
 
 def _with_random_blocks(fixed: Tensor, blocks: int, count: int, heads: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_OLD_NAMES = {"su": "longrope"}
+_OLD_NAMES = {"su": "longrope", "dynamic_yarn": "yarn"}
 # Where a whole configuration has what the dictionary of rotary settings may have too.
 _OF_THE_MODEL = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
@@ -63,6 +63,8 @@ def from_config(
     settings: dict[str, Any] = {"method": method, "head_dim": _head_dim(model, head_dim)}
     if "rope_theta" in parameters:
         settings["base"] = parameters.pop("rope_theta")
+    if kind == "dynamic_yarn":  # ours, for transformers has no YaRN that grows
+        parameters["dynamic"] = True
     longest = model.get("max_position_embeddings") if max_position is None else max_position
     if method in ("yarn", "longrope", "llama3"):
         if longest is not None:

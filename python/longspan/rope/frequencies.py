@@ -264,6 +264,13 @@ _METHODS: dict[str, tuple[Callable[..., _Result], dict[str, Any]]] = {
 }  # fmt: skip
 
 METHODS = tuple(_METHODS)
+
+
+def takes_factor(method: str) -> bool:
+    """Whether ``factor`` is among the options of this method; not for one that is not known."""
+    return method in _METHODS and "factor" in _METHODS[method][1]
+
+
 # Those whose frequencies depend on seq_len; YaRN's do where it is dynamic.
 GROWING = ("dynamic", "dynamic_linear", "longrope")
 

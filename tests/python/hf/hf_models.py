@@ -5,6 +5,7 @@ import transformers
 
 VOCABULARY = 97
 WINDOW = 24  # well below the tests' lengths
+CLOSE = {"atol": 5e-5, "rtol": 5e-5}  # of logits up to 5, in float32
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -99,3 +100,14 @@ def padding(kind, batch, length):
 def with_attention(model, name):
     model.set_attn_implementation(name)
     return model
+
+
+def assert_gradients_agree(grads, expected, floor=1e-4, **close):
+    """Each relative to the largest of its tensor, but at least to ``floor``."""
+    assert grads.keys() == expected.keys()
+    close = close or CLOSE
+    for name, want in expected.items():
+        scale = want.abs().max().clamp(min=floor)
+        torch.testing.assert_close(
+            grads[name] / scale, want / scale, msg=lambda text, n=name: f"{n}: {text}", **close
+        )

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from hf_models import padding, tokens
+from hf_models import CLOSE, assert_gradients_agree, padding, tokens
 from recurrent_models import ALL, MAMBA1, MAMBA2, make, mixers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +12,6 @@ import longspan
 import longspan.hf
 
 LENGTH = 37  # no multiple of a chunk
-CLOSE = {"atol": 5e-5, "rtol": 5e-5}  # of logits up to 5
 SLOWLY_COMPILED = [name for name in ALL if name not in ("mamba", "bamba")]
 
 
@@ -38,16 +37,6 @@ def run(model, ids, labels=None, **kwargs):
     return logits.detach(), {
         n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
     }
-
-
-def assert_gradients_agree(grads, expected):
-    """Each relative to the largest of its tensor."""
-    assert grads.keys() == expected.keys()
-    for name, want in expected.items():
-        scale = want.abs().max().clamp(min=1e-4)
-        torch.testing.assert_close(
-            grads[name] / scale, want / scale, msg=lambda text, n=name: f"{n}: {text}", **CLOSE
-        )
 
 
 def test_the_torch_paths_are_what_we_compare_with():

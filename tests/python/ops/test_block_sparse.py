@@ -250,6 +250,34 @@ def test_strides_change_nothing(dtype: torch.dtype) -> None:
     assert_strides_change_nothing(actual(mask), tensors, ["q", "k", "v"])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["longformer", "random, by both", "random, blocks 64 x 240"])
+def test_dropout_drops_what_the_reference_drops(isa: str, name: str, dtype: torch.dtype) -> None:
+    mask, tensors = MASKS[name], inputs(MASKS[name], dtype=dtype)
+
+    def ours(**x: Tensor):
+        torch.manual_seed(42)
+        return actual(mask, dropout_p=0.3)(**x)
+
+    torch.manual_seed(42)
+    seed = torch.randint(2**62, (1,))  # what the operator draws
+    want = oracle(mask, dropout_p=0.3, dropout_seed=seed)
+    assert_agree(results(ours, tensors), results(want, to(torch.float64, tensors)))
+
+
+def test_dropout_is_attention_s() -> None:
+    """The same weights fall, so a window by blocks is the window of `longspan.attention` still."""
+    tensors = heads(2, 4, 2, 300, 300, 24)
+    found = []
+    for call in (
+        actual(patterns.sliding_window(300, window=(70, 20)), dropout_p=0.4),
+        lambda q, k, v: longspan.attention(q, k, v, window=(70, 20), dropout_p=0.4, return_lse=True),
+    ):
+        torch.manual_seed(3)
+        found.append(results(call, tensors))
+    assert_agree(*found)
+
+
 def test_gradcheck() -> None:
     mask = BlockMask.from_dense(some(1, 2, 3, 5))
 
@@ -271,7 +299,8 @@ def operator_arguments(mask: BlockMask, requires_grad: bool) -> tuple[Any, ...]:
     tensors = [x.float().requires_grad_(requires_grad) for x in inputs(mask).values()]
     return (
         *tensors, mask.row_begins, mask.columns, mask.row_patterns, mask.column_begins, mask.rows,
-        mask.column_patterns, mask.bits, torch.rand(4), mask.batch, mask.heads, 0.25, 2.0,
+        mask.column_patterns, mask.bits, torch.rand(4), torch.tensor([7]), mask.batch, mask.heads,
+        0.25, 2.0, 0.3,
     )  # fmt: skip
 
 
@@ -386,6 +415,7 @@ def attend(mask: Any = None, **change: Any):
             attend(BlockMask.from_dense(some(5, 1, 100, 100))),
         ),
         (ValueError, ["softcap", "-1"], attend(softcap=-1.0)),
+        (ValueError, ["dropout_p", "1.5"], attend(dropout_p=1.5)),
         (ValueError, ["alibi_slopes", "(3,)"], attend(alibi_slopes=torch.rand(3))),
         (TypeError, ["alibi_slopes", "int"], attend(alibi_slopes=torch.ones(4, dtype=torch.int64))),
     ],

@@ -113,6 +113,15 @@ def test_bigbird_random_blocks_follow_the_seed_alone() -> None:
     assert not torch.equal(first.to_dense(), other.to_dense())
 
 
+@pytest.mark.parametrize("size", [64, 16])
+def test_bigbird_with_random_blocks_of_a_model(size: int) -> None:
+    chosen = torch.randint(9, (3, 9, 2))
+    seen = blocks_of(bigbird(9 * size, block_size=size, heads=3, random_blocks=chosen).to_dense(), size)
+    wanted = blocks_of(bigbird(9 * size, block_size=size, num_random_blocks=0).to_dense(), size)
+    wanted = wanted.repeat(3, 1, 1).scatter(2, chosen, True)
+    assert torch.equal(seen, wanted)
+
+
 def test_bigbird_spreads_its_random_blocks() -> None:
     """Each block that may be chosen is, about as often as the others."""
     n, heads = 20, 500
@@ -184,6 +193,15 @@ def test_memory_is_linear(make: str) -> None:
         (lambda: longformer(100, window=4, global_tokens=[100]), ["global_tokens", "99", "100"]),
         (lambda: longformer(100, window=4, global_tokens=[0.5]), ["global_tokens", "float32"]),
         (lambda: bigbird(100, num_random_blocks=-1), ["num_random_blocks", "-1"]),
+        (
+            lambda: bigbird(640, random_blocks=torch.zeros(2, 10, 3).long()),
+            ["random_blocks", "(1, 10, n)", "(2, 10, 3)"],
+        ),
+        (
+            lambda: bigbird(64, random_blocks=torch.ones(1, 1, 3).long()),
+            ["random_blocks", "0 to 0", "1"],
+        ),
+        (lambda: bigbird(64, random_blocks=torch.ones(1, 1, 3)), ["random_blocks", "float32"]),
         (lambda: bigbird(100, extra_tokens=101), ["extra_tokens", "100", "101"]),
         (lambda: sparse_transformer(100, stride=0), ["stride", "0"]),
         (lambda: sparse_transformer(100, stride=4, mode="full"), ["mode", "full"]),
