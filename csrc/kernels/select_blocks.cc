@@ -30,6 +30,7 @@ class Select {
     group_ = p.heads / p.kv_heads;
     tokens_ = max_of<int64_t>(1, kRows / group_);
     panels_ = ceil_div(p.compressed, kPanel);
+    ld_ = panels_ * kPanel + L;  // not a power of two: rows would share the sets of a cache
     query_width_ = round_up(p.channels, L);
     value_width_ = round_up(p.value_channels, L);
   }
@@ -61,7 +62,7 @@ class Select {
  private:
   struct Workspace {
     T* queries;       ///< [rows][query_width], times the scale in log2
-    T* scores;        ///< [rows][panels * kPanel]
+    T* scores;        ///< [rows][ld]
     T* probability;   ///< [panels * kPanel]: summed over a token's heads
     T *sum, *lse;     ///< [group]
     T* out;           ///< [group][value_width]
@@ -73,7 +74,7 @@ class Select {
   Workspace lay_out(Arena& arena) const {
     Workspace w;
     w.queries = arena.take<T>(tokens_ * group_ * query_width_);
-    w.scores = arena.take<T>(tokens_ * group_ * panels_ * kPanel);
+    w.scores = arena.take<T>(tokens_ * group_ * ld_);
     w.probability = arena.take<T>(panels_ * kPanel);
     w.sum = arena.take<T>(group_);
     w.lse = arena.take<T>(group_);
@@ -97,7 +98,7 @@ class Select {
   }
 
   void choose(int64_t b, int64_t kv_head, int64_t first, int64_t last, const Workspace& w) const {
-    const int64_t ld = panels_ * kPanel, rows = (last - first) * group_;
+    const int64_t rows = (last - first) * group_;
     for (int64_t t = first; t < last; ++t) {
       TokenRows q = rows_of(p_.q, p_.dtype, b, kv_head * group_, t);
       q.stride = p_.q.head;
@@ -106,15 +107,15 @@ class Select {
     }
     for (int64_t c = 0; c < visible(b, last - 1); c += kPanel) {
       const Operand<Dot> k = keys_.block(b, kv_head, c / kPanel, w.keys);
-      Product<Dot>{w.queries, query_width_, 1, k.data, k.stride, w.scores + c, ld}
+      Product<Dot>{w.queries, query_width_, 1, k.data, k.stride, w.scores + c, ld_}
           .template run_as<Start::kZero, false, true>(rows, kPanel, p_.channels);
     }
     for (int64_t t = first; t < last; ++t) {
       const int64_t seen = visible(b, t);
       for (int64_t c = 0; c < round_up(seen, L); c += L) store(w.probability + c, Vec<T>{});
-      T* scores = w.scores + (t - first) * group_ * ld;
+      T* scores = w.scores + (t - first) * group_ * ld_;
       for (int64_t r = 0; r < group_; ++r) {
-        add_probabilities(scores + r * ld, seen, w.probability, w.sum + r, w.lse + r);
+        add_probabilities(scores + r * ld_, seen, w.probability, w.sum + r, w.lse + r);
       }
       if (p_.v.data) attend(b, kv_head, t, seen, scores, w);
       const int64_t list = (b * p_.kv_heads + kv_head) * p_.tokens + t;
@@ -129,7 +130,7 @@ class Select {
     __builtin_memset(w.out, 0, size_t(group_ * value_width_) * sizeof(T));
     for (int64_t c = 0; c < seen; c += kPanel) {
       const Operand<Dot> v = values_.block(b, kv_head, c / kPanel, w.values);
-      Product<Dot>{scores + c, panels_ * kPanel, 1, v.data, v.stride, w.out, value_width_}
+      Product<Dot>{scores + c, ld_, 1, v.data, v.stride, w.out, value_width_}
           .template run_as<Start::kAccumulate, false, true>(group_, value_width_,
                                                             min_of(kPanel, seen - c));
     }
@@ -218,7 +219,7 @@ class Select {
 
   const SelectBlocksParams& p_;
   BlockForm<Dot> keys_, values_;
-  int64_t group_, tokens_, panels_, query_width_, value_width_;
+  int64_t group_, tokens_, panels_, ld_, query_width_, value_width_;
 };
 
 }  // namespace

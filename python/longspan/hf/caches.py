@@ -337,3 +337,10 @@ class WindowCache(Cache):
 
     Made by ``Extended.new_cache()``.
     """
+
+
+CACHES: dict[str, type[Cache]] = {
+    "full": GrowingCache,
+    "unrotated": UnrotatedCache,
+    "window": WindowCache,
+}

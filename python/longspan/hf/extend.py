@@ -3,16 +3,13 @@
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from torch import nn
+from transformers.cache_utils import Cache
 
-from longspan import rope
-from longspan.hf._pass import CacheKind, Extension, Pass
+from longspan.hf._pass import CacheKind, Extension
 from longspan.hf._replace import (
     Undoable,
     give_back,
@@ -22,16 +19,10 @@ from longspan.hf._replace import (
     replacements,
 )
 from longspan.hf.attention import register
-from longspan.hf.caches import (
-    GrowingCache,
-    GrowingLayer,
-    UnrotatedCache,
-    UnrotatedLayer,
-    WindowCache,
-    WindowLayer,
-)
+from longspan.hf.caches import CACHES
 from longspan.hf.extended_attention import WINDOWED, register_extended, unrotated_name
-from longspan.rope.frequencies import takes_factor
+from longspan.hf.extended_forward import decoder_forward, new_cache, rotary_forward, unturned_forward
+from longspan.hf.rope_methods import scaled_settings
 
 _DECODERS = (
     "gpt_neox.GPTNeoXModel",
@@ -42,11 +33,6 @@ _DECODERS = (
     "qwen2.Qwen2Model",
     "qwen3.Qwen3Model",
 )
-_CACHES: dict[str, type[Cache]] = {
-    "full": GrowingCache,
-    "window": WindowCache,
-    "unrotated": UnrotatedCache,
-}
 # What a rotary embedding of transformers keeps about its frequencies.
 _KEPT = (
     "rope_type", "inv_freq", "original_inv_freq", "attention_scaling", "max_seq_len_cached",
@@ -96,7 +82,7 @@ class Extended(Undoable):
 
     def new_cache(self) -> Cache:
         """Return an empty cache for this model; calls without one get theirs by themselves."""
-        return _new_cache(self._extension, self._decoder.config)
+        return new_cache(self._extension, self._decoder.config)
 
     def undo(self) -> None:
         """Put back what was there before; harmless where that was done already.
@@ -204,7 +190,7 @@ def extend_context(
     register()
     register_extended()
     config = decoder.config
-    settings, stored, longest = _settings(config, method, factor, method_options)
+    settings, stored, longest = scaled_settings(config, method, factor, method_options)
     extension = Extension(settings, cache, window, sink_tokens if cache == "window" else 0)
 
     target = model if hasattr(model, "set_attn_implementation") else decoder
@@ -216,7 +202,7 @@ def extend_context(
         after["original_max_position_embeddings"] = stored["original_max_position_embeddings"]
     changes = {name: (copy.deepcopy(before[name]), after[name]) for name in before}
     changes["attention"] = (config._attn_implementation, implementation)
-    changes["cache"] = ("transformers' own", _CACHES[cache].__name__)
+    changes["cache"] = ("transformers' own", CACHES[cache].__name__)
 
     if cache == "unrotated":
         implementation = unrotated_name(implementation)
@@ -264,14 +250,14 @@ def _change(
 
     names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     replace_forward(
-        decoder, _decoder_forward, extension=extension, names=names, implementation=implementation,
+        decoder, decoder_forward, extension=extension, names=names, implementation=implementation,
         inner=patched_forward(decoder),
     )  # fmt: skip
-    forward = _rotary_forward if extension.kind == "full" else _unturned_forward
+    forward = rotary_forward if extension.kind == "full" else unturned_forward
     replace_forward(rotary, forward, extension=extension)
 
 
-# ---- checks and settings
+# ---- checks
 
 
 def _decoder(model: Any) -> Any:
@@ -299,7 +285,7 @@ def _check_cache(
     def wrong(name: str, expected: str, got: Any) -> ValueError:
         return ValueError(f"extend_context: {name}: expected {expected}, got {got!r}")
 
-    if cache not in _CACHES:
+    if cache not in CACHES:
         raise wrong("cache", "full, unrotated or window", cache)
     if cache != "window":
         if window is not None:
@@ -319,266 +305,3 @@ def _check_cache(
     narrow = [size for size in sizes if isinstance(size, int) and size < window]
     if narrow and getattr(decoder.config, "use_sliding_window", True):
         raise wrong("window", f"no more than the model's own sliding window, {min(narrow)}", window)
-
-
-def _settings(
-    config: Any, method: Any, factor: float | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Arguments of `frequencies`, the rope_parameters and the greatest length that say the same."""
-    own = rope.from_config(config)
-    if method is None:
-        if factor is not None or options:
-            given = next(iter(options), "factor")
-            raise ValueError(
-                f"extend_context: {given}: expected none with method=None, which takes the "
-                "configuration's, got it"
-            )
-        rope.frequencies(**own)
-        return own, config.rope_parameters, config.max_position_embeddings
-    if own["method"] != "default":
-        raise ValueError(
-            f"extend_context: method: expected None, as the model's configuration is scaled by "
-            f"{own['method']} already and scalings do not compose, got {method!r}"
-        )
-    of_model = ("head_dim", "base", "partial_rotary_factor")
-    settings: dict[str, Any] = {name: own[name] for name in of_model if name in own}
-    trained = getattr(config, "original_max_position_embeddings", None)
-    trained = config.max_position_embeddings if trained is None else trained
-    if isinstance(method, Mapping):
-        settings = _of_dictionary(method, factor, options, own, trained)
-    else:
-        settings = {"method": method, **settings, **options}
-        if takes_factor(method) and not options.get("dynamic"):
-            settings["factor"] = 4.0 if factor is None else factor
-        elif factor is not None:
-            settings["factor"] = factor  # which frequencies refuses
-        trained = options.get("original_max_position_embeddings", trained)
-        if method in ("yarn", "ntk_by_parts", "longrope", "llama3"):
-            settings["original_max_position_embeddings"] = trained
-        else:
-            settings["max_position"] = trained
-    inv_freq, scale = rope.frequencies(**settings)
-    return settings, *_stored(config, settings, inv_freq, scale, trained)
-
-
-def _of_dictionary(
-    parameters: Mapping[str, Any],
-    factor: float | None,
-    options: dict[str, Any],
-    own: dict[str, Any],
-    trained: int,
-) -> dict[str, Any]:
-    if factor is not None or options:
-        given = next(iter(options), "factor")
-        raise ValueError(
-            f"extend_context: {given}: expected none beside a dictionary, which says it, got it"
-        )
-    parameters = dict(parameters)
-    for name, label in (("base", "rope_theta"), ("partial_rotary_factor", "partial_rotary_factor")):
-        if name in own and parameters.setdefault(label, own[name]) != own[name]:
-            raise ValueError(
-                f"extend_context: method: {label}: expected the model's, {own[name]!r}, "
-                f"got {parameters[label]!r}"
-            )
-    return rope.from_config(parameters, head_dim=own["head_dim"], max_position=trained)
-
-
-def _stored(
-    config: Any, settings: dict[str, Any], inv_freq: Tensor, scale: float, trained: int
-) -> tuple[dict[str, Any], int]:
-    """rope_parameters and max_position_embeddings for a configuration."""
-    method, options = settings["method"], dict(settings)
-    out: dict[str, Any] = {"rope_theta": options.pop("base", 10000.0)}
-    own = config.rope_parameters.get("partial_rotary_factor")
-    if own is not None:
-        out["partial_rotary_factor"] = own
-    for name in ("method", "head_dim", "max_position", "partial_rotary_factor"):
-        options.pop(name, None)
-    factor = options.get("factor")
-    longest = trained if factor is None else math.ceil(trained * factor)
-    alone = config.model_type == "phi3"  # whose configuration takes longrope and nothing else
-    if method == "yarn" and options.pop("dynamic", False):
-        method = "dynamic_yarn"
-    if "dynamic" in method:
-        if alone:
-            raise ValueError(
-                "extend_context: method: expected one that does not grow with the length, or longrope, "
-                f"since nothing else fits into the configuration of a Phi-3 model, got {method}"
-            )
-        return {**out, "rope_type": method, **options}, trained
-    if method in ("ntk", "ntk_by_parts") or (alone and method not in ("default", "longrope")):
-        # inv_freq_i = theta_i / lambda_i: what longrope says of any frequencies.
-        plain, _ = rope.frequencies("default", **{
-            name: value for name, value in settings.items()
-            if name in ("head_dim", "base", "partial_rotary_factor")
-        })  # fmt: skip
-        lambdas = (plain.double() / inv_freq.double()).tolist()
-        options = {
-            "short_factor": lambdas, "long_factor": list(lambdas), "attention_factor": scale,
-            "factor": factor, "original_max_position_embeddings": trained,
-        }  # fmt: skip
-        method = "longrope"
-    for name in ("short_factor", "long_factor"):
-        if name in options:
-            options[name] = [float(x) for x in options[name]]
-    options = {name: value for name, value in options.items() if value is not None}
-    return {**out, "rope_type": method, **options}, longest
-
-
-# ---- forwards
-
-
-@torch.no_grad()
-def _rotary_forward(
-    rotary: Any, x: Tensor, position_ids: Tensor, *, extension: Extension
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, R) as transformers' rotary embeddings give them, from exact angles."""
-    angles = extension.angles
-    if angles.growing and position_ids.numel():
-        angles.grow(int(position_ids.max()) + 1)
-    return angles.at(position_ids, x.dtype)
-
-
-@torch.no_grad()
-def _unturned_forward(
-    rotary: Any, x: Tensor, position_ids: Tensor, *, extension: Extension
-) -> tuple[Tensor, Tensor]:
-    """Cosine 1 and sine 0: attention turns queries and keys."""
-    channels = 2 * len(extension.angles.now[0])
-    ones = x.new_ones(1, position_ids.shape[1], channels)
-    return ones, torch.zeros_like(ones)
-
-
-def _decoder_forward(
-    decoder: Any,
-    *args: Any,
-    extension: Extension,
-    names: tuple[str, ...],
-    implementation: str,
-    inner: Callable[..., Any] | None,
-    **kwargs: Any,
-) -> Any:
-    """The model's own forward, with our cache and with positions that count no padding."""
-    kwargs.update(zip(names, args))
-    if kwargs.get("past_key_values") is not None:
-        kwargs["cache"] = kwargs["past_key_values"]
-    kwargs.pop("past_key_values", None)
-    if extension.kind != "full" and decoder.config._attn_implementation != implementation:
-        raise ValueError(
-            f"attn_implementation: expected {implementation}, which extend_context set, got "
-            f"{decoder.config._attn_implementation}; call its undo() first"
-        )
-    use_cache = kwargs.get("use_cache")
-    wanted = decoder.config.use_cache if use_cache is None else use_cache
-    cache = kwargs["cache"] = _own_cache(kwargs.get("cache"), wanted, extension, decoder.config)
-    given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if given is not None:  # else the model's own error
-        past = 0 if cache is None else cache.get_seq_length()
-        kwargs["position_ids"] = positions = _positions(kwargs, given, past)
-        if extension.kind != "full":
-            padding = _padding(kwargs, positions, cache, past) if extension.kind == "window" else None
-            kwargs["rotary_pass"] = Pass(extension, cache, positions, past, padding)
-    with extension.running():
-        return type(decoder).forward(decoder, **kwargs) if inner is None else inner(**kwargs)
-
-
-def _positions(kwargs: dict[str, Any], given: Tensor, past: int) -> Tensor:
-    """(1 or B, T): what the caller says, or counted, from the first token that is no padding."""
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        return positions if positions.dim() == 2 else positions[None]
-    tokens, mask = given.shape[1], kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + tokens:
-        counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        if not torch.compiler.is_compiling() and not bool(mask.all()):
-            return counted
-    return torch.arange(past, past + tokens, device=given.device)[None]
-
-
-def _padding(kwargs: dict[str, Any], positions: Tensor, cache: Any, past: int) -> Tensor | None:
-    """(B,), the number of first tokens that are padding, or None; takes the mask out of ``kwargs``."""
-    mask = kwargs.pop("attention_mask", None)
-    tokens = positions.shape[1]
-    padding = None if cache is None else cache.layers[0].padding
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens:
-            raise ValueError(
-                "attention_mask: expected, with a window cache, one of (batch, tokens so far), "
-                f"({past + tokens}), got {tuple(mask.shape) if isinstance(mask, Tensor) else mask}"
-            )
-        count = mask.long().sum(1)
-        first = past + tokens - count
-        places = torch.arange(past + tokens, device=mask.device)
-        if not bool((mask.bool() == (places >= first[:, None])).all()):
-            raise ValueError("attention_mask: expected, with a window cache, padding on the left alone")
-        if past and padding is None and bool(first.any()):
-            raise ValueError(
-                "attention_mask: expected the padding that the cache's first tokens had, none, got "
-                f"{first.tolist()}"
-            )
-        padding = first if bool(first.any()) else None
-    elif past == 0:
-        padding = None
-    places = torch.arange(past, past + tokens, device=positions.device)
-    expected = places[None] if padding is None else places - padding[:, None]
-    off = (positions != expected) & (expected >= 0)
-    if bool(off.any()):
-        raise ValueError(
-            "position_ids: expected, with a window cache, positions that count on from 0 at each "
-            "sequence's first token"
-        )
-    return padding
-
-
-# ---- caches
-
-
-def _new_layers(extension: Extension, config: Any) -> list[Any]:
-    def layer() -> Any:
-        if extension.kind == "window":
-            assert extension.window is not None
-            return WindowLayer(extension, extension.window, extension.sink_tokens)
-        return (UnrotatedLayer if extension.kind == "unrotated" else GrowingLayer)(extension)
-
-    return [layer() for _ in range(config.num_hidden_layers)]
-
-
-def _new_cache(extension: Extension, config: Any) -> Cache:
-    cache = _CACHES[extension.kind](layers=_new_layers(extension, config))
-    if extension.kind == "full":
-        _grow_in_place(cache, DynamicCache(config=config).layers, extension)
-    cache._longspan_extension = extension  # type: ignore[attr-defined]
-    return cache
-
-
-def _own_cache(cache: Any, wanted: bool | None, extension: Extension, config: Any) -> Any:
-    """The cache for this forward: a new one, the one given if it is ours, or made ours if empty."""
-    if cache is None:
-        return _new_cache(extension, config) if wanted else None
-    if getattr(cache, "_longspan_extension", None) is extension:
-        return cache
-    if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
-        raise ValueError(
-            "cache: expected one that this extended model filled, or an empty one, got "
-            f"{type(cache).__name__} with keys in it that were rotated for something else"
-        )
-    if type(cache) is DynamicCache:
-        if extension.kind != "full":
-            cache.layers = _new_layers(extension, config)
-        elif cache.layers:
-            _grow_in_place(cache, cache.layers, extension)
-        else:
-            cache.layers = _new_layers(extension, config)
-        cache.layer_class_to_replicate = None
-    elif extension.kind != "full":
-        raise ValueError(
-            f"cache: expected None, an empty DynamicCache or what new_cache() makes, with "
-            f"cache={extension.kind!r}, got {type(cache).__name__}"
-        )
-    cache._longspan_extension = extension
-    return cache
-
-
-def _grow_in_place(cache: Cache, layers: list[Any], extension: Extension) -> None:
-    """Layers of transformers' cache, the plain ones among them ours; sliding windows stay."""
-    cache.layers = [GrowingLayer(extension) if type(x) is DynamicLayer else x for x in layers]

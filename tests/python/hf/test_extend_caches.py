@@ -243,13 +243,13 @@ def test_keys_are_rotated_again_only_when_frequencies_change(monkeypatch):
     model, ids = make(num_hidden_layers=1), tokens(1, TRAINED + 6)
     longspan.hf.extend_context(model, **GROWING["longrope"], cache="unrotated")
     _, cache = in_parts(model, ids[:, :60], [60])
-    rotate = longspan.hf.extend.Pass.rotate
+    rotate = longspan.hf.extended_forward.Pass.rotate
 
     def counted(self, x, positions):
         turned.append(x.shape[2])
         return rotate(self, x, positions)
 
-    monkeypatch.setattr(longspan.hf.extend.Pass, "rotate", counted)
+    monkeypatch.setattr(longspan.hf.extended_forward.Pass, "rotate", counted)
     for t in range(60, TRAINED + 6):
         model(ids[:, t : t + 1], cache=cache)
     keys = turned[::2]  # before each query

@@ -273,16 +273,16 @@ def test_compiles_whole(fresh_compiler: None) -> None:
 
 def test_scratch_is_linear_in_the_length() -> None:
     def peak(tokens: int) -> int:
-        # So many heads that attention's backward splits no keys: how often it does grows up to a bound.
         tensors = inputs(1, 16, 16, tokens, tokens, 8, dtype=torch.float32)
         _C.scratch_reset_peak()
         before = _C.scratch_peak()
         results(ours(window_size=64, block_counts=4), tensors)
         return _C.scratch_peak() - before
 
-    a, b, c = (peak(n) for n in (2048, 5120, 8192))
-    assert c > 0
-    assert c - b <= 1.1 * (b - a)
+    # The peak is that of whichever part takes most, so it is compared as a whole.
+    b, c = (peak(n) for n in (4096, 8192))
+    assert b > 0
+    assert c <= 1.2 * 2 * b
 
 
 X = inputs(1, 4, 2, 40, 40, dtype=torch.float32)

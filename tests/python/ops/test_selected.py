@@ -243,7 +243,11 @@ def test_opcheck(requires_grad: bool) -> None:
         opcheck(torch.ops.longspan.select_blocks.default, (inputs[0], k_cmp, None, *arguments))
     v_cmp, k_cmp = torch.randn(2, 2, 2, 8, 24).requires_grad_(requires_grad)
     arguments = (None, None, 150, 32, 16, 32, 3, True, 0.2)
-    opcheck(torch.ops.longspan.select_blocks.default, (inputs[0], k_cmp, v_cmp, *arguments))
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if not requires_grad:  # else it sums integers and gradients
+        utilities += ("test_aot_dispatch_dynamic",)
+    arguments = (inputs[0], k_cmp, v_cmp, *arguments)
+    opcheck(torch.ops.longspan.select_blocks.default, arguments, test_utils=utilities)
 
 
 def test_compiles_whole(fresh_compiler: None) -> None:
