@@ -38,7 +38,7 @@ class Favor {
         const T* row = tile + r * tile_width_;
         top[r] = row_maximum(row);
         if (p_.own_maximum) {
-          exponentials(row, p_.y, (first + r) * p_.features, top[r] + T(p_.log_count / 2));
+          exponentials(row, p_.y, (first + r) * p_.features, top[r]);
         } else {
           copy(row, (first + r) * p_.features);
         }
@@ -106,12 +106,13 @@ class Favor {
 
   static LS_INLINE Vec<IntOf<T>> first_lanes(int64_t n) { return iota<T>() < IntOf<T>(n); }
 
-  /// exp(row - offset) + eps, as features from element `at` of `to`.
+  /// exp(row - offset - log_count / 2) + eps, as features from element `at` of `to`.
   LS_INLINE void exponentials(const T* row, void* to, int64_t at, T offset) const {
     for (int64_t i = 0; i < p_.features; i += L) {
       const int64_t left = p_.features - i;
       // The difference first: it is small where it matters, and then exact.
-      const Vec<T> v = exp2<T>((get(row + i, left) - offset) * T(kLog2e)) + T(p_.eps);
+      const Vec<T> exponent = (get(row + i, left) - offset) - T(p_.log_count / 2);
+      const Vec<T> v = exp2<T>(exponent * T(kLog2e)) + T(p_.eps);
       store_as<T>(to, p_.dtype, at + i, v, left);
     }
   }

@@ -3,7 +3,7 @@
 //
 //   forward    y[r][i] = sum over c of x[r][c] W[i][c],   top[r] = max over i of y[r][i],
 //              and with own_maximum  y = exp(y - top - log_count / 2) + eps
-//   exp_rows   y[r][i] = exp(y[r][i] - offset[r]) + eps,  in place: where the maximum is more rows'
+//   exp_rows   the same in place with any offset for top: where the maximum is of more rows than one
 //   backward   with e = d_y (y - eps):  dx[r] = sum over i of e[r][i] W[i] - x[r] * sum over i of
 //   e[r][i]
 //

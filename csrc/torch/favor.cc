@@ -44,7 +44,7 @@ void exp_rows(Tensor y, Tensor offset, double eps) {
   p.sum = p.dtype = dtype_of(y, "favor: y");
   p.rows = y.size(0), p.features = y.size(1);
   p.y = y.mutable_data_ptr(), p.top = const_cast<void*>(offset.const_data_ptr());
-  p.eps = eps;
+  p.log_count = std::log(double(p.features)), p.eps = eps;
   p.threads = threads();
   kernels().favor_exp_rows(p);
 }

@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY(longspan, m) {
   m.def(
       "favor_forward(Tensor x, Tensor directions_t, int features, bool own_maximum, float eps) "
       "-> (Tensor, Tensor)");
-  // Writes exp(y - offset) + eps into y (R, m), offset (R,)
+  // Writes exp(y - offset) / sqrt(m) + eps into y (R, m), offset (R,)
   m.def("favor_exp_rows(Tensor(a!) y, Tensor offset, float eps) -> ()");
   // d_y, y (R, m), x (R, D), directions (m, D rounded up to 16). -> dx
   m.def("favor_backward(Tensor d_y, Tensor y, Tensor x, Tensor directions, float eps) -> Tensor");

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -187,3 +188,13 @@ def assert_raises(kind: type[Exception], parts: Sequence[str], call: Callable[[]
 def random_seed() -> int:
     """A seed that no fixture has fixed."""
     return random.SystemRandom().randrange(2**32)
+
+
+def far_apart(heads: int, tokens: int, channels: int) -> Tensor:
+    """(1, heads, tokens, channels) of random floats, its heads 2^31 elements apart.
+
+    Only the pages of the memory that are touched exist.
+    """
+    storage = torch.from_numpy(np.empty((heads - 1) * 2**31 + tokens * channels, dtype=np.float32))
+    far = storage.as_strided((1, heads, tokens, channels), (0, 2**31, channels, 1))
+    return far.copy_(torch.randn(1, heads, tokens, channels))

@@ -121,6 +121,7 @@ class Trainer:
         rate = options.lr * cosine_with_warmup(self.step, options.steps, warmup=warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.model.train()
         loss = self._loss(self._next_windows())
         self.optimizer.zero_grad()
         loss.backward()
@@ -135,6 +136,7 @@ class Trainer:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean loss on ``corpus.held_out[1:]``, read in windows that know nothing earlier."""
+        self.model.eval()  # a Performer, for one, draws directions in training
         total = 0.0
         for batch in self._held_out_batches():
             total += self._loss(batch).item() * batch.shape[0] * (batch.shape[1] - 1)
@@ -142,6 +144,7 @@ class Trainer:
 
     def sample(self, prompt_tokens: int, new_tokens: int) -> tuple[str, str]:
         """The beginning of the held-out text, and how the model goes on from there."""
+        self.model.eval()
         prompt = self.corpus.held_out[None, :prompt_tokens]
         with self._autocast():
             tokens = self.model.generate(prompt, new_tokens, temperature=0.8, top_p=0.95, seed=0)

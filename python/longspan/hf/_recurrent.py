@@ -63,6 +63,15 @@ def sequence_indices(
     return None if found is None else found.expand(batch, -1)
 
 
+def end_to_end(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (B, L) laid end to end: cu_seqlens, and the numbers of each row's first and last sequence."""
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    numbers = begins.flatten().cumsum(0).view_as(begins) - 1
+    offsets = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
+    return offsets, numbers[:, 0], numbers[:, -1]
+
+
 def recurrent_state(mixer: Any, cache: Cache | None) -> Tensor | None:
     """The state after the steps that the cache has seen; None without any."""
     return None if cache is None else cache.get_recurrent_state(mixer.layer_idx)

@@ -9,6 +9,7 @@ from torch import nn
 
 from longspan.hf._replace import Undoable, give_back, known_class, replace_forward, replacements
 from longspan.hf.bigbird import bigbird_forward
+from longspan.hf.gated_delta import gated_delta_forward, head_norm_forward
 from longspan.hf.longformer import encoder_forward, longformer_forward
 from longspan.hf.mamba import mamba_forward
 from longspan.hf.mamba2 import (
@@ -39,6 +40,12 @@ _FORWARDS: dict[str, Forward] = {
     "granitemoehybrid.GraniteMoeHybridRMSNormGated": gated_norm_forward,
     "nemotron_h.NemotronHRMSNormGated": gated_norm_forward,
     "zamba2.Zamba2RMSNormGated": gated_norm_forward,
+    "qwen3_next.Qwen3NextGatedDeltaNet": gated_delta_forward,
+    "qwen3_5.Qwen3_5GatedDeltaNet": gated_delta_forward,
+    "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": gated_delta_forward,
+    "qwen3_next.Qwen3NextRMSNormGated": head_norm_forward,
+    "qwen3_5.Qwen3_5RMSNormGated": head_norm_forward,
+    "qwen3_5_moe.Qwen3_5MoeRMSNormGated": head_norm_forward,
     "longformer.LongformerSelfAttention": longformer_forward,
     "longformer.LongformerEncoder": encoder_forward,
     "led.LEDEncoderSelfAttention": longformer_forward,
@@ -84,6 +91,7 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
 
     - Mamba, FalconMamba, Jamba, Zamba: convolution, selective scan and decoding step;
     - Mamba-2, Bamba, FalconH1, GraniteMoeHybrid, Nemotron-H, Zamba2: convolution, SSD, step, norm;
+    - Qwen3-Next, Qwen3.5, Qwen3.5-MoE: convolution, gated delta rule, step, norm;
     - Longformer, LED (encoder): attention by window and global tokens, dropout included; Longformer's
       encoder leaves out the tokens that fill up the last window;
     - BigBird, BigBirdPegasus (encoder): block-sparse attention.
@@ -107,7 +115,8 @@ def accelerate(model: nn.Module, hf_compat: bool = False) -> Accelerated:
     with ``output_attentions`` runs on the model's own layers. Where BigBird turns to full attention for
     a short text, and after ``set_attention_type``, its layers are new ones: accelerate it again.
 
-    For Mamba's layers padding is a step with zero input, as in transformers, and lets a state decay:
+    For Mamba's and the delta rule's layers padding is a step with zero input, as in transformers, and
+    lets a state decay:
     pad on the left where a cache shall be continued. On a device without kernels the layers run on
     the operators' plain torch reference. A model may be compiled before or after: the next call
     compiles what is there then, in one graph, or for Longformer and BigBird, whose masks follow from

@@ -15,6 +15,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from longspan.hf._recurrent import (
     convolve,
+    end_to_end,
     padded_steps,
     recurrent_state,
     sequence_indices,
@@ -112,7 +113,7 @@ def _scan(
         state = None if hf_compat and steps > 1 else state.reshape(batch, channels, -1).clone()
     offsets, first, last = None, None, None
     if seq_idx is not None:
-        offsets, first, last = _packed(seq_idx)
+        offsets, first, last = end_to_end(seq_idx)
         x, delta, gate, B, C = (y.flatten(0, 1).unsqueeze(0) for y in (x, delta, gate, B, C))
         if state is not None:
             resets = state.new_zeros(offsets.shape[0] - 1, *state.shape[1:])
@@ -126,12 +127,3 @@ def _scan(
         final = final if last is None else final[last]
         cache.update_recurrent_state(final.view(batch, *mixer.A_log.shape), mixer.layer_idx)
     return y.transpose(1, 2).reshape(batch, steps, channels)
-
-
-def _packed(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (B, L) laid end to end: cu_seqlens, and the numbers of each row's first and last sequence."""
-    begins = torch.ones_like(seq_idx, dtype=torch.bool)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    numbers = begins.flatten().cumsum(0).view_as(begins) - 1
-    offsets = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
-    return offsets, numbers[:, 0], numbers[:, -1]

@@ -291,7 +291,7 @@ class LanguageModel(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LanguageModel":
-        """Load what `save_pretrained` wrote, or a checkpoint of mamba-ssm.
+        """Load what `save_pretrained` wrote, or a checkpoint of mamba-ssm; in evaluation mode.
 
         Args:
             folder: With ``config.json``, longspan's or mamba-ssm's, and ``model.safetensors`` or
@@ -324,7 +324,7 @@ class LanguageModel(nn.Module):
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{cls.__name__}: {folder}: {error}") from error
-        return model
+        return model.eval()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         # Without the rows that only pad the vocabulary: nothing may be predicted there.

@@ -190,8 +190,8 @@ class RecurrentMixer(nn.Module):
         ):
             if width < 1 or abs(width - round(width)) > 1e-6 * width or round(width) % heads:
                 raise ValueError(
-                    f"{name}: {label}: expected channels that are a multiple of the heads, {heads}, got "
-                    f"{width:g}"
+                    f"{name}: {label}: expected channels that are a multiple of the heads, {heads}, "
+                    f"got {width:g}"
                 )
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_k_dim = round(key_dim) // num_heads

@@ -246,7 +246,8 @@ class GatedDeltaNet(_DeltaMixer):
 
     def _writing(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         a = self.a_proj(rows.hidden)
-        steps = F.softplus(a.to(sum_dtype(a)) + self.dt_bias.to(sum_dtype(a)))
+        # softplus, whose own backward has other strides than torch.compile believes (torch 2.13).
+        steps = -F.logsigmoid(-(a.to(sum_dtype(a)) + self.dt_bias.to(sum_dtype(a))))
         gate = decay_rates(self.A_log).to(steps.dtype) * steps
         return self._strength(self.b_proj(rows.hidden)), gate
 

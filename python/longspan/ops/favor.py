@@ -218,11 +218,10 @@ class _Exponentials(torch.autograd.Function):
             return y.to(dtype), shift
         # The shift is no less than most - half, but where half is huge rounding may make it so.
         offset = half if how == "none" else torch.maximum(half + shift, most)
-        offset = offset + 0.5 * math.log(features)
         if kernels:
             _exp_rows(y.view(-1, features), offset.flatten(), eps)
         else:
-            y.sub_(offset[..., None]).exp_().add_(eps)
+            y.sub_(offset[..., None]).exp_().mul_(features**-0.5).add_(eps)
         return y.to(dtype), shift
 
     @staticmethod

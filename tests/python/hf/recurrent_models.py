@@ -30,6 +30,11 @@ _FALCON_H1 = {
     **_ATTENTION, **_HEADS, "mamba_d_ssm": 64, "num_hidden_layers": 2,
     "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.6,
 }  # fmt: skip
+_QWEN = {  # Qwen3-Next and Qwen3.5
+    **_ATTENTION, "head_dim": 16, "num_hidden_layers": 3, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 
 # name -> kind in transformers, its number of mixers, options
 _MODELS = {
@@ -85,10 +90,19 @@ _MODELS = {
             "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next", 2,
+        {
+            **_QWEN, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1,
+        },
+    ),
+    "qwen3_5": ("Qwen3_5Text", 2, _QWEN),
 }  # fmt: skip
 ALL = list(_MODELS)
+DELTA = ["qwen3_next", "qwen3_5"]
 MAMBA1 = ALL[: ALL.index("mamba2")]
-MAMBA2 = ALL[ALL.index("mamba2") :]
+MAMBA2 = ALL[ALL.index("mamba2") : ALL.index("qwen3_next")]
 LIMITED = ["nemotron_h", "zamba2"]  # whose step sizes have a lower limit
 
 
@@ -102,7 +116,7 @@ def make(name, dtype=torch.float32, **changes):
     torch.manual_seed(1)
     kind, _, options = _MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **options, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
     with torch.no_grad():
         for key, p in model.named_parameters():
             leaf = key.rsplit(".", 1)[-1]
@@ -112,6 +126,8 @@ def make(name, dtype=torch.float32, **changes):
                 p.uniform_(-8, -1)  # step sizes on both sides of a lower limit of 0.001
             elif leaf == "bias":
                 p.normal_(std=0.3)
+            elif name in DELTA and "norm" in key and "linear_attn" not in key:
+                p.uniform_(-0.5, 0.5)  # these multiply by 1 more
             elif "norm" in key or leaf == "D":
                 p.uniform_(0.5, 1.5)
             else:

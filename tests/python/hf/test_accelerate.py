@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from hf_models import CLOSE, assert_gradients_agree, padding, tokens
-from recurrent_models import ALL, MAMBA1, MAMBA2, make, mixers
+from recurrent_models import ALL, DELTA, MAMBA1, MAMBA2, make, mixers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan
@@ -49,8 +49,8 @@ def test_the_torch_paths_are_what_we_compare_with():
         longspan.hf.accelerate(model)
         with torch.no_grad(), Operators() as fast:
             model(tokens(1, 3))
-        scan = "longspan::selective_scan_forward" if name in MAMBA1 else "longspan::ssd_forward"
-        assert {scan, "longspan::causal_conv1d_forward"} <= fast.names
+        scan = "selective_scan" if name in MAMBA1 else "ssd" if name in MAMBA2 else "delta_rule"
+        assert {f"longspan::{scan}_forward", "longspan::causal_conv1d_forward"} <= fast.names
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -59,7 +59,7 @@ def test_every_mixer_is_replaced(name):
     counts = longspan.hf.accelerate(model).counts
     assert counts.pop(next(iter(counts))) == mixers(name)
     # and its norm, where it has one
-    assert list(counts.values()) == [mixers(name)] * (name in MAMBA2 and name != "falcon_h1")
+    assert list(counts.values()) == [mixers(name)] * (name in MAMBA2 + DELTA and name != "falcon_h1")
 
 
 @pytest.mark.parametrize("pad", ["none", "left", "right", "holes"])
@@ -92,7 +92,7 @@ def test_the_padded_are_not_seen_even_if_nan(name):
     model, mask = make(name), padding("left", 2, LENGTH)
     longspan.hf.accelerate(model)
     where = mask.bool()
-    mixer = next(m for n, m in model.named_modules() if n.endswith(("mixer", "mamba")))
+    mixer = next(m for n, m in model.named_modules() if n.endswith(("mixer", "mamba", "linear_attn")))
     x = torch.randn(2, LENGTH, 32)
     with torch.no_grad():
         expected = mixer(x, attention_mask=mask)
@@ -223,7 +223,7 @@ def test_nothing_is_copied_between_the_kernels(name):
     """in_proj's layout goes through: no transposed copies, in the forward without padding."""
     model = make(name)
     longspan.hf.accelerate(model)
-    mixer = next(m for n, m in model.named_modules() if n.endswith(("mixer", "mamba")))
+    mixer = next(m for n, m in model.named_modules() if n.endswith(("mixer", "mamba", "linear_attn")))
     x = torch.randn(2, LENGTH, 32)
     with torch.no_grad(), Operators() as ran:
         mixer(x)

@@ -158,7 +158,7 @@ def duplication(batch: int, half: int, words: int) -> Tensor:
     return torch.cat([begin, w, begin, w], dim=1)
 
 
-def train(model: nn.Module, steps: int, half: int, words: int, lr: float = 3e-3) -> float:
+def train(model: nn.Module, steps: int, half: int, words: int, lr: float = 5e-3) -> float:
     """-> share of the second half that it then gets right."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(steps):
@@ -178,12 +178,10 @@ def train(model: nn.Module, steps: int, half: int, words: int, lr: float = 3e-3)
 
 @pytest.mark.slow
 def test_it_learns_to_duplicate() -> None:
-    """The paper's synthetic task, small: 0 w 0 w with w of 31 symbols in chunks of 16."""
-    mixers = [
-        LSHAttention(WIDTH, HEADS, chunk_length=16, num_hashes=4, num_buckets=8, causal=True)
-        for _ in range(2)
-    ]
-    assert train(_Copier(mixers, 16, 64), 3000, 32, 16) > 0.95
+    """The paper's synthetic task, small: 0 w 0 w with w of 31 symbols, in chunks of 16, four rounds."""
+    torch.manual_seed(0)
+    mixer = LSHAttention(WIDTH, HEADS, chunk_length=16, num_hashes=4, num_buckets=8, causal=True)
+    assert train(_Copier([mixer], 16, 64), steps=300, half=32, words=16) > 0.99
 
 
 def test_it_trains() -> None:
@@ -198,7 +196,7 @@ def test_it_trains() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] > 2.5
     assert losses[-1] < 0.5 * losses[0]
 

@@ -213,7 +213,7 @@ def test_it_trains() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert len(longspan.routing_clusters(projected(layer, x)[0], layer.centroids).unique()) == CLUSTERS
 

@@ -12,6 +12,7 @@ from checks import (
     assert_same_bits,
     assert_strides_change_nothing,
     assert_threads_change_nothing,
+    far_apart,
     lengths_with_head_sizes,
     results,
     to,
@@ -382,6 +383,18 @@ def test_scratch_is_linear_in_the_length() -> None:
     a, b, c = (peak(n) for n in (2048, 5120, 8192))
     assert c > 0
     assert c - b <= 1.1 * (b - a)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    far = far_apart(2, 150, 16)
+    near = far.contiguous()
+    mask = patterns.longformer(150, window=32, global_tokens=[7])
+    outputs = []
+    for x in (far, near):
+        x = x.detach().requires_grad_()
+        out = longspan.block_sparse_attention(x, x, x, mask)
+        outputs.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    assert_same_bits(*({"out": out, "grad": grad} for out, grad in outputs))
 
 
 def test_empty_tensors() -> None:

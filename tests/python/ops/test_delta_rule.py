@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checks import (
@@ -12,6 +11,7 @@ from checks import (
     assert_error_ratio,
     assert_strides_change_nothing,
     assert_threads_change_nothing,
+    far_apart,
     greatest_error,
     grid,
     results,
@@ -309,10 +309,8 @@ def test_strides_of_gates_change_nothing() -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """Heads 2^31 elements apart, in memory of which only the pages that are touched exist."""
-    storage = torch.from_numpy(np.empty(2**31 + 2**10, dtype=np.float32))
-    far = storage.as_strided((1, 2, 40, 8), (0, 2**31, 8, 1))
-    far.copy_(normalize(torch.randn(1, 2, 40, 8), dim=-1))
+    far = far_apart(2, 40, 8)
+    far.copy_(normalize(far, dim=-1))
     near, beta = far.contiguous(), torch.rand(1, 2, 40)
     assert torch.equal(
         longspan.delta_rule(far, far, far, beta), longspan.delta_rule(near, near, near, beta)

