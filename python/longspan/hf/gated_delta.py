@@ -18,12 +18,11 @@ from longspan.hf._recurrent import (
     without_padding,
 )
 from longspan.nn._mamba import decay_rates
+from longspan.nn.delta_net import unit
 from longspan.ops._autograd import wants_gradient
 from longspan.ops._checks import sum_dtype
 from longspan.ops.delta_rule import delta_rule, delta_rule_step
 from longspan.ops.norm import rms_norm_gated
-
-_EPS = 1e-6  # beside the squares of a query or key
 
 
 @force_accelerate_hooks("conv1d")
@@ -44,7 +43,7 @@ def gated_delta_forward(
     qkv = convolve(mixer, qkv, cache, seq_idx)
     q, k, v = qkv.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
     wide = sum_dtype(x)
-    q, k = (_unit(y.unflatten(-1, (-1, mixer.head_k_dim)).to(wide)) for y in (q, k))
+    q, k = (unit(y.unflatten(-1, (-1, mixer.head_k_dim)).to(wide)) for y in (q, k))
     v = v.unflatten(-1, (-1, mixer.head_v_dim)).to(wide)
     beta = b.sigmoid().to(wide)
     gate = decay_rates(mixer.A_log).to(wide) * softplus(a.to(wide) + mixer.dt_bias)
@@ -71,10 +70,6 @@ def _project(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Qwen3-Next's are interleaved by key head.
     q, k, v, z, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
     return torch.cat([y.flatten(2) for y in (q, k, v)], dim=-1), z, b, a
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS)
 
 
 def _remember(

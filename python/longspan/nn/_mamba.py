@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longspan.ops._checks import (
     autocasts,
     check_floating,
-    check_integers,
+    check_offsets,
     check_shape,
     sum_dtype,
 )
@@ -204,10 +204,6 @@ def sequence_of_each(cu_seqlens: Tensor, length: int) -> Tensor:
 
 def check_packed(function: str, x: Tensor, cu_seqlens: Tensor) -> None:
     """Raise unless x is a batch of 1 that ``cu_seqlens`` may cut."""
-    check_integers(function, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-    if cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"{function}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}"
-        )
+    check_offsets(function, cu_seqlens)
     if x.shape[0] != 1:
         raise ValueError(f"{function}: cu_seqlens: expected a batch of 1 beside it, got {x.shape[0]}")

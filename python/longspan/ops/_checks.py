@@ -81,16 +81,22 @@ def check_integers(function: str, name: str, x: object, shape: Sequence[int | No
     check_shape(function, name, x, shape, what)
 
 
-def check_sequences(function: str, cu_seqlens: object, name: str, batch: int) -> int:
-    """Raise unless ``cu_seqlens`` can cut ``name``, of this batch. -> sequences; None: a row each."""
-    if cu_seqlens is None:
-        return batch
+def check_offsets(function: str, cu_seqlens: object) -> None:
+    """Raise unless ``cu_seqlens`` is (sequences + 1,) integers, of a sequence at least."""
     check_integers(function, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
     assert isinstance(cu_seqlens, Tensor)
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{function}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}"
         )
+
+
+def check_sequences(function: str, cu_seqlens: object, name: str, batch: int) -> int:
+    """Raise unless ``cu_seqlens`` can cut ``name``, of this batch. -> sequences; None: a row each."""
+    if cu_seqlens is None:
+        return batch
+    check_offsets(function, cu_seqlens)
+    assert isinstance(cu_seqlens, Tensor)
     if batch != 1:
         raise ValueError(f"{function}: {name}: expected a batch of 1 beside cu_seqlens, got {batch}")
     return cu_seqlens.shape[0] - 1

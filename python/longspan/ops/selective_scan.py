@@ -18,6 +18,7 @@ from longspan.ops._autograd import (
 from longspan.ops._checks import (
     check_floating,
     check_integers,
+    check_offsets,
     check_shape,
     check_tensor,
     has_kernels,
@@ -113,11 +114,7 @@ def selective_scan(
         _check_values(name, "delta_bias", delta_bias, (channels,), "(channels,)", u)
     sequences = batch
     if cu_seqlens is not None:
-        check_integers(name, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-        if cu_seqlens.shape[0] < 2:
-            raise ValueError(
-                f"{name}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}"
-            )
+        check_offsets(name, cu_seqlens)
         if batch != 1:
             raise ValueError(f"{name}: cu_seqlens: expected a batch of 1 with it, got u's {batch}")
         sequences = cu_seqlens.shape[0] - 1

@@ -19,6 +19,7 @@ from longspan.ops._checks import (
     check_integers,
     check_like,
     check_parameter,
+    check_sequences,
     check_shape,
     check_tensor,
     has_kernels,
@@ -151,16 +152,9 @@ def _check_sequences(
     """-> how many initial states there may be."""
     if seq_idx is not None:
         check_integers(name, "seq_idx", seq_idx, x.shape[:2], "(batch, length)")
-    if cu_seqlens is None:
-        if return_varlen_states:
-            raise ValueError(f"{name}: return_varlen_states: expected cu_seqlens beside it, got None")
-        return x.shape[0]
-    check_integers(name, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-    if cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: cu_seqlens: expected at least 2 entries, got {cu_seqlens.shape[0]}")
-    if x.shape[0] != 1:
-        raise ValueError(f"{name}: x: expected a batch of 1 beside cu_seqlens, got {x.shape[0]}")
-    return cu_seqlens.shape[0] - 1
+    if cu_seqlens is None and return_varlen_states:
+        raise ValueError(f"{name}: return_varlen_states: expected cu_seqlens beside it, got None")
+    return check_sequences(name, cu_seqlens, "x", x.shape[0])
 
 
 def _check_options(
