@@ -77,6 +77,36 @@ def register_once_differentiable(name: str) -> None:
     register_autograd(name, Once)
 
 
+def register_attention(name: str, tensors: int) -> None:
+    """Make ``longspan::<name>_backward`` the derivative of ``longspan::<name>_forward``.
+
+    The forward takes q, k and v, further arguments without gradients, ``tensors`` of all being tensors
+    or None and the first ones, and gives (out, lse). The backward takes the gradients of both (None for
+    that of lse where there is none), then q, k, v, out, lse and the further arguments.
+    """
+    forward_op, backward_op = overload(f"{name}_forward"), overload(f"{name}_backward")
+
+    class Attention(OperatorFunction):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = below_autograd(forward_op, *args)
+            ctx.save_for_backward(*args[:3], *output, *args[3:tensors])
+            ctx.scalars = args[tensors:]
+            ctx.set_materialize_grads(False)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            d_out, d_lse = gradients
+            q, k, v, out, lse, *rest = ctx.saved_tensors
+            d_out = torch.zeros_like(out) if d_out is None else d_out
+            found = backward_op(d_out, d_lse, q, k, v, out, lse, *rest, *ctx.scalars)
+            return *found, *([None] * (len(rest) + len(ctx.scalars)))
+
+    register_autograd(f"{name}_forward", Attention)
+    register_once_differentiable(f"{name}_backward")
+
+
 def register_not_differentiable(name: str, why: str) -> None:
     """Make ``longspan::name``, which writes in place, raise where its gradient would be wanted."""
     op = overload(name)

@@ -5,13 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops._autograd import (
-    OperatorFunction,
-    below_autograd,
-    overload,
-    register_autograd,
-    register_once_differentiable,
-)
+from longspan.ops._autograd import overload, register_attention
 from longspan.ops._checks import (
     check_attention,
     check_attention_options,
@@ -23,7 +17,6 @@ from longspan.patterns import BlockMask
 from longspan.reference import block_sparse as reference
 
 _forward = overload("block_sparse_attention_forward")
-_backward = overload("block_sparse_attention_backward")
 
 
 def block_sparse_attention(
@@ -129,24 +122,4 @@ def _(
 
 # ---- autograd
 
-
-class _BlockSparseAttention(OperatorFunction):
-    """longspan::block_sparse_attention_forward with its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = below_autograd(_forward, *args)
-        ctx.save_for_backward(*args[:3], *output, *args[3:12])
-        ctx.scalars = args[12:]
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_out, d_lse = gradients
-        d_out = torch.zeros_like(ctx.saved_tensors[3]) if d_out is None else d_out
-        return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.scalars), *([None] * 14)
-
-
-register_autograd("block_sparse_attention_forward", _BlockSparseAttention)
-register_once_differentiable("block_sparse_attention_backward")
+register_attention("block_sparse_attention", tensors=12)

@@ -5,13 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops._autograd import (
-    OperatorFunction,
-    below_autograd,
-    overload,
-    register_autograd,
-    register_once_differentiable,
-)
+from longspan.ops._autograd import overload, register_attention
 from longspan.ops._checks import (
     check_attention,
     check_floating,
@@ -27,7 +21,6 @@ from longspan.ops._checks import (
 from longspan.reference import selected as reference
 
 _forward = overload("selected_attention_forward")
-_backward = overload("selected_attention_backward")
 select_and_attend = overload("select_blocks")
 
 
@@ -240,24 +233,4 @@ def _(
 
 # ---- autograd
 
-
-class _SelectedAttention(OperatorFunction):
-    """longspan::selected_attention_forward with its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = below_autograd(_forward, *args)
-        ctx.save_for_backward(*args[:3], *output, *args[3:5])
-        ctx.scalars = args[5:]
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_out, d_lse = gradients
-        d_out = torch.zeros_like(ctx.saved_tensors[3]) if d_out is None else d_out
-        return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.scalars), *([None] * 5)
-
-
-register_autograd("selected_attention_forward", _SelectedAttention)
-register_once_differentiable("selected_attention_backward")
+register_attention("selected_attention", tensors=5)
