@@ -100,18 +100,18 @@ class Forward {
     }
     int64_t bytes() const { return (width + 2) * kQueryBlock * int64_t(sizeof(T)); }
     void save(const SoftmaxState<T>& state, const T* o) const {
-      __builtin_memcpy(maximum, state.maximum, kQueryBlock * sizeof(T));
+      __builtin_memcpy(maximum, state.reference, kQueryBlock * sizeof(T));
       __builtin_memcpy(sum, state.sum, kQueryBlock * sizeof(T));
       __builtin_memcpy(accumulator, o, size_t(width * kQueryBlock) * sizeof(T));
     }
     void merge_into(const SoftmaxState<T>& state, T* o) const {
       for (int64_t i = 0; i < kQueryBlock; i += kLanes<T>) {
-        const Vec<T> before = load(state.maximum + i), other = load(maximum + i);
+        const Vec<T> before = load(state.reference + i), other = load(maximum + i);
         const Vec<T> now = longspan::LONGSPAN_ISA::maximum<T>(before, other);
         const Vec<T> reference = select<T>(now == -kInfinity<T>, Vec<T>{}, now);
         const Vec<T> mine = exp2_nonpositive<T>(before - reference);
         const Vec<T> theirs = exp2_nonpositive<T>(other - reference);
-        store(state.maximum + i, now);
+        store(state.reference + i, now);
         store(state.sum + i, load(state.sum + i) * mine + load(sum + i) * theirs);
         for (int64_t c = 0; c < width; ++c) {
           const int64_t at = c * kQueryBlock + i;
@@ -132,7 +132,7 @@ class Forward {
     w.factor = arena.take<T>(kQueryBlock);
     w.keys = arena.take<E>(kKeyBlock * depth_);
     w.values = arena.take<E>(kKeyBlock * value_width_);
-    w.state.maximum = arena.take<T>(kQueryBlock);
+    w.state.reference = arena.take<T>(kQueryBlock);
     w.state.sum = arena.take<T>(kQueryBlock);
     w.state.correction = arena.take<T>(kQueryBlock);
     return w;
@@ -212,11 +212,10 @@ class Forward {
       hide_unseen(p_.blocks, run, w.scores, block.q0, q1, k0, k1);
     }
     const T unit = plain ? rules.scale * T(kLog2e) : T(kLog2e);
-    if (rules.drops) {
-      online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);
-    } else {
-      online_softmax<Dot, false>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);
-    }
+    const bool moved = rules.drops ? online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit,
+                                                               w.state, rules, block.q0, k0)
+                                   : online_softmax<Dot, false>(w.scores, w.weights, keys, queries, unit,
+                                                                w.state, rules, block.q0, k0);
 
     const Operand<Dot> vt = by_token<Dot>(v.from(k0), keys, p_.value_channels, false, w.values);
     const int64_t depth = ceil_div(keys, Dot::kDepth);
@@ -228,9 +227,12 @@ class Forward {
     if (!started) {
       safe ? product.template run_as<Start::kZero, false, false>(p_.value_channels, columns, depth)
            : product.template run_as<Start::kZero, true, false>(p_.value_channels, columns, depth);
-    } else {
+    } else if (moved) {
       safe ? product.template run_as<Start::kRescale, false, false>(p_.value_channels, columns, depth)
            : product.template run_as<Start::kRescale, true, false>(p_.value_channels, columns, depth);
+    } else {
+      safe ? product.template run_as<Start::kAccumulate, false, false>(p_.value_channels, columns, depth)
+           : product.template run_as<Start::kAccumulate, true, false>(p_.value_channels, columns, depth);
     }
   }
 
@@ -241,7 +243,7 @@ class Forward {
     T* lse =
         static_cast<T*>(p_.lse) + (row_batch * p_.heads + block.head) * p_.tokens + s.q_begin + block.q0;
     for (int64_t i = 0; i < block.q1 - block.q0; ++i) {
-      T maximum = state.maximum[i], sum = state.sum[i], shrink = T(1);
+      T maximum = state.reference[i], sum = state.sum[i], shrink = T(1);
       if (p_.sinks) {
         const T sink = T(p_.sinks[block.head]) * T(kLog2e);
         const T now = maximum < sink ? sink : maximum;
