@@ -48,7 +48,7 @@ template <class E, class S>
 void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded, bool unit_depth,
                    int64_t rows, int64_t columns, int64_t depth, Random& random, bool grouped = false) {
   // Grouped: 16 of the depth of all rows, then the next 16.
-  const int64_t width = grouped ? 16 : depth, groups = (depth + width - 1) / width;
+  const int64_t width = grouped ? 16 : depth, groups = grouped ? (depth + 15) / 16 : 1;
   const int64_t lda = (unit_depth ? width : rows) + 3, ldb = columns + 5, ldc = columns + lanes;
   const int64_t group = grouped ? rows * lda : 0;
   const auto a = unit_depth ? matrix<E>(random, groups * rows, width, lda, p.depth)
@@ -143,7 +143,7 @@ void check_guard(const DotProbe<E, S>& p, int lanes) {
                    lanes, 1, 0});
         for (const S x : c) CHECK(x == S(1 + (p.depth - 1) * 6));
         p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, false, 5,
-                   lanes, 1});
+                   lanes, 1, 0});
         for (const S x : c) CHECK(std::isnan(x));
       }
     }
