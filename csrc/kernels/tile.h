@@ -128,8 +128,9 @@ struct Product {
   int64_t ldb;
   Sum* c;
   int64_t ldc;
-  int64_t a_group = 0;  ///< where groups of 16 of A's depth lie apart, from one to the next; else 0
   const Sum* rescale = nullptr;  ///< one factor a column or row, for Start::kRescale, kRescaleRows
+  /// Pairs, a_depth 1: where groups of 16 of A's depth lie apart, from one to the next; else 0.
+  int64_t a_group = 0;
 
   template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth, class Besides>
   LS_INLINE void tile(int64_t m, int64_t n, int64_t depth, const Besides& besides) const {
