@@ -95,9 +95,11 @@ def _set_offset(
     assert step.enters is not None
     _, exact = exact_part(q, k, v, step, scale)
     _, linear, _ = linear_part(features, q, step.delayed(k), step.delayed(v), step)
-    wanted = lse + (-torch.expm1(exact - lse)).clamp(min=1e-6).log()
-    off = (wanted - linear)[:, :, step.enters[0]]
-    features.offset += off.mean((0, 2))[:, None]
+    entered = step.enters[0]
+    share = -torch.expm1(exact - lse)[:, :, entered]
+    weight = (linear - lse)[:, :, entered].exp()
+    off = share.clamp(min=1e-6).sum((0, 2)).log() - weight.sum((0, 2)).log()
+    features.offset += off.nan_to_num(0, 0, 0)[:, None]
 
 
 # ---- the course

@@ -185,8 +185,8 @@ def own_cache(cache: Any, wanted: bool | None, linearization: Linearization, con
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length() > 0:
         filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
         raise ValueError(
-            "cache: expected None, an empty DynamicCache without offloading, or one that this linearized "
-            f"model filled, got {'a filled' if filled else 'a'} {type(cache).__name__}"
+            "cache: expected None, an empty DynamicCache without offloading, or one that this "
+            f"linearized model filled, got {'a filled' if filled else 'a'} {type(cache).__name__}"
         )
     return _take(cache, linearization, config)
 
