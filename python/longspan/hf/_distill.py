@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.hf._replace import give_back, replace_forward, replacements
 from longspan.hf.linearized_attention import (
@@ -18,8 +18,6 @@ from longspan.hf.linearized_attention import (
 )
 from longspan.hf.linearized_forward import Linearization, projected
 from longspan.ops.attention import attention
-
-Tokens = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 _BETAS, _WARMUP = (0.9, 0.95), 5
 _SLICE = 256  # tokens whose logits exist in float32 at once
@@ -108,18 +106,27 @@ def _set_offset(
 @contextmanager
 def taught(decoder: Any, layers: Sequence[Any], lesson: Lesson) -> Iterator[None]:
     """While this lasts, passes of the decoder alone are the teacher's."""
-    before = [(module, slot, found) for module, slot, found in replacements([decoder, *layers])]
-    modes = {module: module.training for module in decoder.modules()}
+    before = list(replacements([decoder, *layers]))
     give_back([decoder, *layers])
     try:
-        decoder.eval()
         for layer in layers:
             replace_forward(layer, teacher_forward, lesson=lesson)
-        yield
+        with evaluating(decoder):
+            yield
     finally:
         give_back(layers)
         for module, slot, found in before:
             setattr(module, slot, found)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While this lasts, all modules are in evaluation; afterwards each in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
             module.training = mode
 
@@ -191,18 +198,14 @@ def perplexity(model: Any, tokens: Tensor, length: int, label: str, progress: bo
     """Of ``tokens`` (N,) but the first, in windows of at most ``length`` that overlap by one."""
     from tqdm import tqdm
 
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     begins = range(0, len(tokens) - 1, length - 1)
+    bar = tqdm(begins, desc=f"perplexity {label}", unit="window", disable=not progress)
     total = 0.0
-    try:
-        model.eval()
-        for begin in tqdm(begins, desc=f"perplexity {label}", unit="window", disable=not progress):
+    with evaluating(model):
+        for begin in bar:
             window = tokens[begin : begin + length].to(device)
             logits = model(window[None], use_cache=False).logits[0, :-1]
             for some, targets in zip(logits.split(_SLICE), window[1:].split(_SLICE)):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return math.exp(total / (len(tokens) - 1))

@@ -81,6 +81,7 @@ class Linearized(Undoable):
         """First tokens that are attended to exactly."""
         return self._linearization.sinks
 
+    @torch.inference_mode(False)
     def distill(
         self,
         data: Tokens,
@@ -93,8 +94,12 @@ class Linearized(Undoable):
         held_out: Tokens | None = None,
         progress: bool = True,
     ) -> None:
-        """Train the feature maps further; arguments, and what raises, as of `linearize`."""
+        """Train the feature maps further; arguments, and what raises, as of `linearize`.
+
+        An interrupt leaves them as they are by then, fit for use and for `save`.
+        """
         name = "distill"
+        self._check_in_place(name)
         training, judging = _split(name, data, held_out)
         _check_training(name, training, judging, steps, length, batch, lr, self._linearization)
         self._run(training, judging, steps, length, batch, lr, seed, progress)
@@ -126,6 +131,7 @@ class Linearized(Undoable):
 
     def new_cache(self) -> Cache:
         """Return an empty cache for this model; calls without one get theirs by themselves."""
+        self._check_in_place("new_cache")
         return new_cache(self._linearization, self._decoder.config)
 
     def save(self, folder: str | Path) -> Path:
@@ -137,8 +143,7 @@ class Linearized(Undoable):
         Returns:
             The file.
         """
-        if not any(replacements([self._decoder])):
-            raise RuntimeError("Linearized.save: expected a model that is linear, got one after undo()")
+        self._check_in_place("save")
         weights = {
             f"{i}.{name}": x
             for i, attention in zip(self.layers, _attentions(self._decoder, self.layers))
@@ -170,9 +175,18 @@ class Linearized(Undoable):
             if hasattr(attention, "linear_features"):
                 del attention.linear_features
 
+    def _in_place(self) -> bool:
+        return any(replacements([self._decoder]))
+
+    def _check_in_place(self, name: str) -> None:
+        if not self._in_place():
+            raise RuntimeError(
+                f"Linearized.{name}: expected a model that is linear, got one after undo()"
+            )
+
     def __repr__(self) -> str:
         """The report."""
-        if not any(replacements([self._decoder])):
+        if not self._in_place():
             return "Linearized(undone)"
         exact = f"sinks {self.sink_tokens}, window {self.window}" if self.window else "no exact part"
         lines = [
@@ -188,6 +202,7 @@ class Linearized(Undoable):
         return "\n".join(lines) + ")"
 
 
+@torch.inference_mode(False)
 def linearize(
     model: nn.Module,
     data: Tokens,
@@ -219,7 +234,8 @@ def linearize(
     model: nothing else is trained, layers are trained at once, independently, and no gradient passes
     through the model. Before the first step each head's linear part is given the weight that the
     tokens have that it stands for. Maps are float32 parameters (float64 for float64) in the modules, as
-    ``linear_features``, so an optimizer over ``model.parameters()`` goes on with them.
+    ``linear_features``: an optimizer over ``model.parameters()`` goes on with them, and
+    ``save_pretrained`` writes them too, which ``from_pretrained`` then reports as unexpected.
 
     ``generate`` works as before (beams, left padding, prompts in chunks); a call without a cache, or
     with an empty DynamicCache, gets one by itself whose replaced layers do not grow. Sequences packed
@@ -282,6 +298,7 @@ def linearize(
     return linearized
 
 
+@torch.inference_mode(False)
 def load_linearized(model: nn.Module, folder: str | Path) -> Linearized:
     """Linearize a model as `Linearized.save` wrote it; ``model`` is the one that was linearized then.
 

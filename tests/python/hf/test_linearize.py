@@ -174,6 +174,17 @@ def test_progress_bars(capsys):
     assert "2/2" in shown
 
 
+def test_under_any_mode_of_autograd():
+    errors = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        model = make()
+        with mode():
+            errors.append(longspan.hf.linearize(model, text(), window=8, **SHORT).errors)
+        model(tokens(1, 20)).logits.sum().backward()
+        assert model.model.layers[0].self_attn.linear_features.key.weight.grad is not None
+    assert errors[0] == errors[1] == errors[2]
+
+
 def test_texts_as_lists():
     ids = text()
     expected = longspan.hf.linearize(make(), ids, window=8, **SHORT).errors
@@ -287,13 +298,25 @@ def test_saved_beside_the_model(tmp_path):
     ids = tokens(2, 40)
     expected = logits(model, ids)
     linearized.save(tmp_path)
+    for undone in (False, True):
+        if undone:
+            linearized.undo()
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        longspan.hf.load_linearized(again, tmp_path)
+        torch.testing.assert_close(logits(again, ids), expected)
+
+
+def test_nothing_after_undo(tmp_path):
+    _, linearized = linear()
     linearized.undo()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="after undo"):
-        linearized.save(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    longspan.hf.load_linearized(again, tmp_path)
-    torch.testing.assert_close(logits(again, ids), expected)
+    for call in (
+        lambda: linearized.save(tmp_path),
+        lambda: linearized.distill(text(), **SHORT),
+        linearized.new_cache,
+    ):
+        with pytest.raises(RuntimeError, match="got one after undo"):
+            call()
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
