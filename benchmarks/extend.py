@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from _measure import Bench, Row
 from torch import Tensor
+from transformers import AttentionInterface
 
 import longspan.hf
 from longspan.cli._model import PretrainedModel, read_document
@@ -26,6 +27,7 @@ TOLERANCE = 0.1
 def cases() -> Iterator[Case]:
     yield f"prefill of {LENGTH} tokens, YaRN x2", _prefill
     yield f"{STEPS} tokens after {LENGTH}, each its own cache", _generation
+    yield f"attention and cache of one token after {LENGTH}, all layers", _attention_of_a_step
     yield f"{CHUNK} tokens through a window of 1020 + 4", _streaming
 
 
@@ -55,11 +57,20 @@ def _prefill(bench: Bench) -> Row:
     )  # fmt: skip
 
 
+@cache
 @torch.inference_mode()
+def _filled() -> tuple[Any, Any]:
+    """The caches of both after the text."""
+    ours, theirs, ids = _models()
+    text = ids[:, :LENGTH]
+    return ours(text, use_cache=True, logits_to_keep=1).cache, theirs(
+        text, use_cache=True, logits_to_keep=1
+    ).cache
+
+
 def _generation(bench: Bench) -> Row:
     """After each call both caches are cut back to the text, by views that copy nothing."""
     ours, theirs, ids = _models()
-    caches = [model(ids[:, :LENGTH], use_cache=True, logits_to_keep=1).cache for model in (ours, theirs)]
 
     @torch.inference_mode()
     def steps(model: Any, cache: Any) -> Tensor:
@@ -69,9 +80,37 @@ def _generation(bench: Bench) -> Row:
         return torch.cat(logits).float().log_softmax(-1)
 
     return bench.compare(
-        partial(steps, ours, caches[0]), partial(steps, theirs, caches[1]), tolerance=TOLERANCE,
+        partial(steps, ours, _filled()[0]), partial(steps, theirs, _filled()[1]), tolerance=TOLERANCE,
         at_least=2.0, peer_name=PEER,
     )  # fmt: skip
+
+
+def _attention_of_a_step(bench: Bench) -> Row:
+    """What a step does with the cache: in each layer it appends a key and a value and reads all."""
+    ours, theirs, _ = _models()
+    config = ours.config
+    torch.manual_seed(0)
+    q = torch.randn(1, config.num_attention_heads, 1, config.head_dim, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def step(model: Any, cache: Any) -> Tensor:
+        attend = AttentionInterface()[model.config._attn_implementation]
+        out = []
+        for number, layer in enumerate(model.model.layers):
+            keys, values = cache.update(k, v, number)
+            module = layer.self_attn
+            out.append(attend(module, q, keys, values, None, scaling=module.scaling)[0])
+        cache.crop(-1)
+        return torch.stack(out)
+
+    mine, their_own = _filled()
+    with mine.layers[0].extension.running():  # which the model's forward does
+        return bench.compare(
+            partial(step, ours, mine), partial(step, theirs, their_own), tolerance=2e-2, peer_name=PEER,
+            bytes_read=2.0 * config.num_hidden_layers * LENGTH * k.numel() * k.element_size(),
+            limit_at_least=0.8,
+        )  # fmt: skip
 
 
 @torch.inference_mode()

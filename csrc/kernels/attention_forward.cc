@@ -9,6 +9,7 @@
 // lanes, beside 256 exponentials of 16 lanes at about 10 instructions each: 7 % on top.
 
 #include "kernels/attention_blocks.h"
+#include "kernels/attention_values.h"
 #include "kernels/parallel.h"
 #include "kernels/softmax.h"
 #include "kernels/table.h"
@@ -27,7 +28,7 @@ class Forward {
   using T = typename Dot::Sum;
 
  public:
-  explicit Forward(const AttentionParams& p) : p_(p) {
+  explicit Forward(const AttentionParams& p) : p_(p), values_(p) {
     depth_ = ceil_div(p.channels, Dot::kDepth);
     value_width_ = round_up(p.value_channels, kLanes<T>);
   }
@@ -46,6 +47,8 @@ class Forward {
     lay_out(measure);
     const int64_t part = Partial(nullptr, value_width_).bytes();
     Scratch scratch(measure.used() * threads + (splits_ > 1 ? tasks * part : 0));
+    Scratch turned(values_.bytes());
+    values_.turn(turned.at(0), threads);
     char* parts = scratch.at(measure.used() * threads);
 
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
@@ -100,18 +103,18 @@ class Forward {
     }
     int64_t bytes() const { return (width + 2) * kQueryBlock * int64_t(sizeof(T)); }
     void save(const SoftmaxState<T>& state, const T* o) const {
-      __builtin_memcpy(maximum, state.maximum, kQueryBlock * sizeof(T));
+      __builtin_memcpy(maximum, state.reference, kQueryBlock * sizeof(T));
       __builtin_memcpy(sum, state.sum, kQueryBlock * sizeof(T));
       __builtin_memcpy(accumulator, o, size_t(width * kQueryBlock) * sizeof(T));
     }
     void merge_into(const SoftmaxState<T>& state, T* o) const {
       for (int64_t i = 0; i < kQueryBlock; i += kLanes<T>) {
-        const Vec<T> before = load(state.maximum + i), other = load(maximum + i);
+        const Vec<T> before = load(state.reference + i), other = load(maximum + i);
         const Vec<T> now = longspan::LONGSPAN_ISA::maximum<T>(before, other);
         const Vec<T> reference = select<T>(now == -kInfinity<T>, Vec<T>{}, now);
         const Vec<T> mine = exp2_nonpositive<T>(before - reference);
         const Vec<T> theirs = exp2_nonpositive<T>(other - reference);
-        store(state.maximum + i, now);
+        store(state.reference + i, now);
         store(state.sum + i, load(state.sum + i) * mine + load(sum + i) * theirs);
         for (int64_t c = 0; c < width; ++c) {
           const int64_t at = c * kQueryBlock + i;
@@ -132,7 +135,7 @@ class Forward {
     w.factor = arena.take<T>(kQueryBlock);
     w.keys = arena.take<E>(kKeyBlock * depth_);
     w.values = arena.take<E>(kKeyBlock * value_width_);
-    w.state.maximum = arena.take<T>(kQueryBlock);
+    w.state.reference = arena.take<T>(kQueryBlock);
     w.state.sum = arena.take<T>(kQueryBlock);
     w.state.correction = arena.take<T>(kQueryBlock);
     return w;
@@ -166,7 +169,8 @@ class Forward {
     const auto visit = [&](const Interval& range, const BlockRun& run) {
       // Tiles of about one size: 64 and 64 keys are faster than 96 and 32.
       const int64_t keys = range.end - range.begin;
-      const int64_t step = round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), 16);
+      const int64_t step =
+          round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), max_of<int64_t>(values_.first_key(), 16));
       for (int64_t k0 = range.begin; k0 < range.end; k0 += step) {
         if (turn++ % splits_ != split) continue;
         tile(rules, block, k, v, {k0, min_of(k0 + step, range.end)}, range.end, run, started, w);
@@ -181,8 +185,14 @@ class Forward {
     } else {
       Interval ranges[2];
       s.key_ranges(block.q0, block.q1, ranges);
+      const int64_t whole = values_.first_key();
+      for (Interval& range : ranges) range.begin = range.begin / whole * whole;
+      if (!ranges[1].empty() && ranges[1].begin < ranges[0].end) {
+        ranges[0].end = ranges[1].end;
+        ranges[1] = {0, 0};
+      }
       for (const Interval& range : ranges) {
-        if (!range.empty()) visit({range.begin & ~int64_t(1), range.end}, BlockRun{});
+        if (!range.empty()) visit(range, BlockRun{});
       }
     }
     if (!started) {
@@ -199,7 +209,7 @@ class Forward {
     }
     const int64_t q1 = block.q0 + queries, columns = round_up(queries, kLanes<T>);
     prefetch(k.from(k1), min_of(range_end - k1, kKeyBlock), p_.channels);
-    prefetch(v.from(k1), min_of(range_end - k1, kKeyBlock), p_.value_channels);
+    if (!values_) prefetch(v.from(k1), min_of(range_end - k1, kKeyBlock), p_.value_channels);
     const Operand<Dot> kt = by_channel<Dot>(k.from(k0), keys, p_.channels, w.keys);
     Product<Dot>{kt.data, kt.stride, 1, w.queries, kQueryBlock, w.scores, kQueryBlock}
         .template run_as<Start::kZero, false, true>(keys, columns, depth_);
@@ -212,25 +222,54 @@ class Forward {
       hide_unseen(p_.blocks, run, w.scores, block.q0, q1, k0, k1);
     }
     const T unit = plain ? rules.scale * T(kLog2e) : T(kLog2e);
-    if (rules.drops) {
-      online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);
-    } else {
-      online_softmax<Dot, false>(w.scores, w.weights, keys, queries, unit, w.state, rules, block.q0, k0);
-    }
+    const bool moved = rules.drops ? online_softmax<Dot, true>(w.scores, w.weights, keys, queries, unit,
+                                                               w.state, rules, block.q0, k0)
+                                   : online_softmax<Dot, false>(w.scores, w.weights, keys, queries, unit,
+                                                                w.state, rules, block.q0, k0);
 
-    const Operand<Dot> vt = by_token<Dot>(v.from(k0), keys, p_.value_channels, false, w.values);
-    const int64_t depth = ceil_div(keys, Dot::kDepth);
-    Product<Dot> product{vt.data, 1, vt.stride, w.weights, kQueryBlock, w.accumulator, kQueryBlock};
+    Product<Dot> product{nullptr, 1, 1, w.weights, kQueryBlock, w.accumulator, kQueryBlock};
     product.rescale = w.state.correction;
+    int64_t depth = ceil_div(keys, Dot::kDepth);
     // A weight of zero must not meet an infinite value that its query does not see.
-    const bool safe =
-        (visible && rules.mask.data == nullptr) || all_finite<Dot>(vt, depth, p_.value_channels);
+    bool safe = visible && rules.mask.data == nullptr;
+    if constexpr (TurnedValues<Dot>::kUsed) {
+      if (values_) {
+        const int64_t kv_head = block.head / (p_.heads / p_.kv_heads);
+        product.a = values_.at(block.batch, kv_head, k0);
+        product.a_row = 16, product.a_group = values_.group();
+        if (k1 == rules.sequence.keys) {  // behind which are zeros: whole groups
+          const int64_t whole = round_up(depth, 16);
+          __builtin_memset(w.weights + depth * kQueryBlock, 0,
+                           size_t((whole - depth) * kQueryBlock) * sizeof(E));
+          depth = whole;
+        }
+        for (int64_t k = 0; k < depth && !safe; k += 16) {
+          if (!all_finite<Dot>({product.a + k / 16 * product.a_group, 16}, p_.value_channels, 16)) break;
+          safe = k + 16 >= depth;
+        }
+        return accumulate<true>(product, columns, depth, started, moved, safe);
+      }
+    }
+    const Operand<Dot> vt = by_token<Dot>(v.from(k0), keys, p_.value_channels, false, w.values);
+    product.a = vt.data, product.a_depth = vt.stride;
+    safe = safe || all_finite<Dot>(vt, depth, p_.value_channels);
+    accumulate<false>(product, columns, depth, started, moved, safe);
+  }
+
+  /// O^T = correction * O^T + V^T P^T.
+  template <bool kUnitDepth>
+  void accumulate(const Product<Dot>& product, int64_t columns, int64_t depth, bool started, bool moved,
+                  bool safe) const {
+    const int64_t rows = p_.value_channels;
     if (!started) {
-      safe ? product.template run_as<Start::kZero, false, false>(p_.value_channels, columns, depth)
-           : product.template run_as<Start::kZero, true, false>(p_.value_channels, columns, depth);
+      safe ? product.template run_as<Start::kZero, false, kUnitDepth>(rows, columns, depth)
+           : product.template run_as<Start::kZero, true, kUnitDepth>(rows, columns, depth);
+    } else if (moved) {
+      safe ? product.template run_as<Start::kRescale, false, kUnitDepth>(rows, columns, depth)
+           : product.template run_as<Start::kRescale, true, kUnitDepth>(rows, columns, depth);
     } else {
-      safe ? product.template run_as<Start::kRescale, false, false>(p_.value_channels, columns, depth)
-           : product.template run_as<Start::kRescale, true, false>(p_.value_channels, columns, depth);
+      safe ? product.template run_as<Start::kAccumulate, false, kUnitDepth>(rows, columns, depth)
+           : product.template run_as<Start::kAccumulate, true, kUnitDepth>(rows, columns, depth);
     }
   }
 
@@ -241,7 +280,7 @@ class Forward {
     T* lse =
         static_cast<T*>(p_.lse) + (row_batch * p_.heads + block.head) * p_.tokens + s.q_begin + block.q0;
     for (int64_t i = 0; i < block.q1 - block.q0; ++i) {
-      T maximum = state.maximum[i], sum = state.sum[i], shrink = T(1);
+      T maximum = state.reference[i], sum = state.sum[i], shrink = T(1);
       if (p_.sinks) {
         const T sink = T(p_.sinks[block.head]) * T(kLog2e);
         const T now = maximum < sink ? sink : maximum;
@@ -267,6 +306,7 @@ class Forward {
   }
 
   const AttentionParams& p_;
+  TurnedValues<Dot> values_;
   int64_t depth_, value_width_, splits_ = 1;
 };
 

@@ -155,6 +155,30 @@ void transposed(TokenRows x, int64_t n, int64_t channels, typename Dot::Element*
   }
 }
 
+#if defined(LONGSPAN_BF16_DOT)
+/// Pairs of 32 tokens, a row a channel: out [channels][16], zeros beyond token n. What contracts over
+/// tokens reads it row by row, as tile registers do (tile_amx.h).
+LS_INLINE void pairs_by_channel(TokenRows x, int64_t n, int64_t channels, uint32_t* out) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    const int64_t left = channels - c;
+    Vec<float> square[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const uint16_t* lower = static_cast<const uint16_t*>(x.from(2 * i).data) + c;
+      Vec<uint32_t> pair = {};
+      if (2 * i < n) pair = __builtin_convertvector(load_half16(lower, left), Vec<uint32_t>);
+      if (2 * i + 1 < n) {
+        pair |= __builtin_convertvector(load_half16(lower + x.stride, left), Vec<uint32_t>) << 16;
+      }
+      square[i] = bit_cast<float, uint32_t>(pair);
+    }
+    transpose<float>(square);
+    for (int64_t i = 0; i < min_of<int64_t>(left, 16); ++i) {
+      store(out + (c + i) * 16, bit_cast<uint32_t, float>(square[i]));
+    }
+  }
+}
+#endif
+
 /// The way back: x[t][c] = scale[t] * in[c][t], from sums with tokens along lanes to rows of dtype.
 template <class T>
 void store_transposed(const T* in, int64_t ld, int64_t n, int64_t channels, const T* scale, void* out,

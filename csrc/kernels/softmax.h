@@ -1,27 +1,60 @@
 // The online softmax over a tile of transposed scores (attention_scores.h).
 //
-// For each query (a lane): m the greatest score so far, l the sum of 2^(score - m), both over the
-// keys seen so far. A tile brings them up to date and says by which factor what was accumulated
-// under the old m must shrink. (Dao et al. 2022, "FlashAttention", algorithm 1; SPEC section 1.)
+// For each query (a lane): a reference m, and l the sum of 2^(score - m) over the keys seen so far. A
+// tile brings them up to date and says by which factor what was accumulated under the old m must
+// shrink. (Dao et al. 2022, "FlashAttention", algorithm 1; SPEC section 1.) There m is the greatest
+// score so far. Here it stays until that is kSlack above it: any reference gives the same quotient, and
+// most tiles leave the sums and what was accumulated as they are.
 #pragma once
 
 #include "kernels/attention_scores.h"
 
 namespace longspan::LONGSPAN_ISA {
 
+/// Weights stay at or below 2^kSlack, far from overflow, and keep the precision of their format.
+inline constexpr int kSlack = 8;
+
 template <class T>
 struct SoftmaxState {
-  T* maximum;     ///< [kQueryBlock], in log2
+  T* reference;   ///< [kQueryBlock], in log2
   T* sum;         ///< [kQueryBlock]
-  T* correction;  ///< [kQueryBlock]: 2^(old maximum - new maximum) of the last tile
+  T* correction;  ///< [kQueryBlock]: 2^(old reference - new reference) of the last tile
 
   LS_INLINE void reset() const {
     for (int64_t i = 0; i < kQueryBlock; ++i) {
-      maximum[i] = -kInfinity<T>;
+      reference[i] = -kInfinity<T>;
       sum[i] = T(0);
     }
   }
 };
+
+/// 2^x of scores less their maximum. Where weights are rounded to bfloat16 (2^-9) a cubic is enough:
+/// 8.6e-5, and exactly 1 at 0. There the fraction of -infinity is 0, and scalef takes the floor of x.
+template <class Dot>
+LS_INLINE Vec<typename Dot::Sum> weight_of(Vec<typename Dot::Sum> x) {
+#if defined(LONGSPAN_BF16_DOT)
+  if constexpr (Dot::kDepth == 2) {
+    const auto f = Vec<float>(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Vec<float> p = ((f * 7.7067197e-2f + 2.2764482e-1f) * f + 6.9511683e-1f) * f + 1.0f;
+    return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(x)));
+  }
+#endif
+  return exp2_nonpositive<typename Dot::Sum>(x);
+}
+
+#if defined(LONGSPAN_BF16_DOT)
+/// bf16_pair of weights, which are 0 or more: halves round up, and a NaN makes its query's sum one.
+/// Where a permutation of 16-bit lanes and the conversion take the ports that exponentials wait for.
+LS_INLINE Vec<uint32_t> weight_pair(Vec<float> lower, Vec<float> upper) {
+#if defined(LONGSPAN_AMX)
+  const auto a = bit_cast<uint32_t, float>(lower) + 0x8000u;
+  const auto b = bit_cast<uint32_t, float>(upper) + 0x8000u;
+  return Vec<uint32_t>(_mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(a >> 16), __m512i(b)));
+#else
+  return bf16_pair(lower, upper);
+#endif
+}
+#endif
 
 /// Stores the probabilities of two keys as the operand of a product that contracts over keys: two
 /// rows, or one row of pairs.
@@ -32,7 +65,7 @@ LS_INLINE void store_key_pair(typename Dot::Element* rows, int64_t key, Vec<type
     store(rows + key * kQueryBlock, even);
     store(rows + (key + 1) * kQueryBlock, odd);
   } else {
-    store(rows + key / 2 * kQueryBlock, bf16_pair(even, odd));
+    store(rows + key / 2 * kQueryBlock, weight_pair(even, odd));
   }
 }
 
@@ -52,28 +85,31 @@ LS_INLINE Vec<T> column_maximum(const T* scores, int64_t keys) {
   return maximum<T>(maximum<T>(greatest[0], greatest[1]), maximum<T>(greatest[2], greatest[3]));
 }
 
-/// One tile: `scores` [keys][kQueryBlock] become probabilities relative to the new maximum, in
+/// One tile: `scores` [keys][kQueryBlock] become probabilities relative to the new reference, in
 /// `weights` (which may be `scores` where Dot is not Bf16). scores * unit is in log2. With an odd
 /// number of keys, row `keys` of both is written too. q0 and k0 place the tile for dropout; k0 is even.
+/// Returns whether a reference moved: if none did, all corrections are 1.
 template <class Dot, bool kDropout>
-void online_softmax(typename Dot::Sum* scores, typename Dot::Element* weights, int64_t keys,
+bool online_softmax(typename Dot::Sum* scores, typename Dot::Element* weights, int64_t keys,
                     int64_t queries, typename Dot::Sum unit, SoftmaxState<typename Dot::Sum> state,
                     const ScoreRules<typename Dot::Sum>& rules, int64_t q0, int64_t k0) {
   using T = typename Dot::Sum;
   constexpr int L = kLanes<T>;
+  Vec<T> moved = {};
   for (int64_t i = 0; i < queries; i += L) {
-    const Vec<T> greatest = column_maximum(scores + i, keys);
-    const Vec<T> before = load(state.maximum + i);
-    const Vec<T> now = maximum<T>(before, greatest * unit);
+    const Vec<T> greatest = column_maximum(scores + i, keys) * unit;
+    const Vec<T> before = load(state.reference + i);
+    const Vec<T> now = select<T>(greatest > before + T(kSlack), greatest, before);
     // A query that has seen nothing yet: any finite reference gives it weights of 2^-infinity.
     const Vec<T> reference = select<T>(now == -kInfinity<T>, Vec<T>{}, now);
     const Vec<T> correction = exp2_nonpositive<T>(before - reference);
+    moved += T(1) - correction;
     Vec<T> sum = load(state.sum + i) * correction;
     if (keys % 2) store(scores + keys * kQueryBlock + i, broadcast(-kInfinity<T>));
     for (int64_t k = 0; k < keys; k += 2) {
       const T* row = scores + k * kQueryBlock + i;
-      Vec<T> even = exp2_nonpositive<T>(load(row) * unit - reference);
-      Vec<T> odd = exp2_nonpositive<T>(load(row + kQueryBlock) * unit - reference);
+      Vec<T> even = weight_of<Dot>(load(row) * unit - reference);
+      Vec<T> odd = weight_of<Dot>(load(row + kQueryBlock) * unit - reference);
       sum += even + odd;
       if constexpr (kDropout) {
         Vec<T> keep_even, keep_odd;
@@ -83,10 +119,11 @@ void online_softmax(typename Dot::Sum* scores, typename Dot::Element* weights, i
       }
       store_key_pair<Dot>(weights + i, k, even, odd);
     }
-    store(state.maximum + i, now);
+    store(state.reference + i, now);
     store(state.sum + i, sum);
     store(state.correction + i, correction);
   }
+  return sum_of_lanes<T>(moved) != T(0);
 }
 
 }  // namespace longspan::LONGSPAN_ISA

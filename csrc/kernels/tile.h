@@ -90,6 +90,7 @@ struct Product {
   int64_t ldb;
   Sum* c;
   int64_t ldc;
+  int64_t a_group = 0;  ///< where groups of 16 of A's depth lie apart, from one to the next; else 0
   const Sum* rescale = nullptr;  ///< one factor a column or row, for Start::kRescale, kRescaleRows
 
   template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
@@ -165,10 +166,11 @@ struct Product {
         if constexpr (kStart == Start::kRescale || kStart == Start::kRescaleRows) {
           scale<kStart>(m, columns);
         }
-        AmxProduct{a, a_row, a_depth, b, ldb, c, ldc}.run(kStart == Start::kZero, m, columns, k);
+        const int64_t group = a_group ? a_group : 16 * a_depth;
+        AmxProduct{a, a_row, a_depth, group, b, ldb, c, ldc}.run(kStart == Start::kZero, m, columns, k);
         if (k < depth) {
           Product rest = *this;
-          rest.a += k * a_depth, rest.b += k * ldb;
+          rest.a += k / 16 * group, rest.b += k * ldb;
           rest.template run_in_vectors<Start::kAccumulate, false, kUnitDepth>(m, columns, depth - k);
         }
         if (m == rows) return;
@@ -195,6 +197,9 @@ struct Product {
   template <Start kStart, bool kGuarded, bool kUnitDepth>
   LS_INLINE void run_in_vectors(int64_t rows, int64_t columns, int64_t depth) const {
     constexpr int L = kLanes<Sum>;
+    if constexpr (kUnitDepth && Dot::kDepth == 2) {
+      if (a_group != 0) return run_in_groups<kStart, kGuarded, kUnitDepth>(rows, columns, depth);
+    }
     int64_t n = 0;
     for (; n + kTileColumns * L <= columns; n += kTileColumns * L) {
       column<kTileColumns, kStart, kGuarded, kUnitDepth>(rows, n, depth);
@@ -205,6 +210,18 @@ struct Product {
       }
     }
     for (; n < columns; n += L) column<1, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+  }
+
+  template <Start kStart, bool kGuarded, bool kUnitDepth>
+  void run_in_groups(int64_t rows, int64_t columns, int64_t depth) const {
+    Product one = *this;
+    one.a_group = 0;
+    one.template run_in_vectors<kStart, kGuarded, kUnitDepth>(rows, columns, min_of<int64_t>(depth, 16));
+    for (int64_t k = 16; k < depth; k += 16) {
+      one.a += a_group, one.b += 16 * ldb;
+      one.template run_in_vectors<Start::kAccumulate, kGuarded, kUnitDepth>(
+          rows, columns, min_of<int64_t>(depth - k, 16));
+    }
   }
 
   template <Start kStart, bool kGuarded = false>

@@ -33,11 +33,11 @@ class TileUnit {
 };
 
 /// C (+)= A B for whole tiles: rows, columns and depth (in pairs) are multiples of 16. Strides are in
-/// elements; exactly one of A's is 1.
+/// elements; exactly one of A's is 1. Groups of 16 of A's depth lie a_group apart.
 class AmxProduct {
  public:
   const uint32_t* a;
-  int64_t a_row, a_depth;
+  int64_t a_row, a_depth, a_group;
   const uint32_t* b;
   int64_t ldb;
   float* c;
@@ -59,22 +59,25 @@ class AmxProduct {
   template <int kRowTiles>
   LS_INLINE void strip(bool zero, int64_t m, int64_t k, int64_t steps, int64_t columns) const {
     alignas(64) uint32_t turned[kRowTiles * 16 * kDepth];
-    const uint32_t* rows[2] = {a + m * a_row + k * a_depth, a + (m + 16) * a_row + k * a_depth};
-    int64_t stride = a_row;
+    const uint32_t* const first = a + m * a_row + k / 16 * a_group;
+    const uint32_t* rows[2] = {first, first + 16 * a_row};
+    int64_t stride = a_row, group = a_group;
     if (a_depth != 1) {
       for (int i = 0; i < kRowTiles; ++i) {
         for (int64_t s = 0; s < steps; ++s)
-          turn(rows[i] + s * 16 * a_depth, turned + i * 16 * kDepth + s * 16);
+          turn(rows[i] + s * a_group, turned + i * 16 * kDepth + s * 16);
         rows[i] = turned + i * 16 * kDepth;
       }
       stride = kDepth;
+      group = 16;
     }
     // The compiler does not know that tile loads read memory.
     asm volatile("" ::: "memory");
     const uint32_t* from = b + k * ldb;
     int64_t n = 0;
-    for (; n + 32 <= columns; n += 32) block<kRowTiles, 2>(zero, rows, stride, from + n, steps, m, n);
-    if (n < columns) block<kRowTiles, 1>(zero, rows, stride, from + n, steps, m, n);
+    for (; n + 32 <= columns; n += 32)
+      block<kRowTiles, 2>(zero, rows, stride, group, from + n, steps, m, n);
+    if (n < columns) block<kRowTiles, 1>(zero, rows, stride, group, from + n, steps, m, n);
   }
 
   /// 16 rows of A from where they are columns, to rows kDepth apart.
@@ -88,8 +91,8 @@ class AmxProduct {
   }
 
   template <int kRowTiles, int kColumnTiles>
-  LS_INLINE void block(bool zero, const uint32_t* const (&rows)[2], int64_t stride, const uint32_t* from,
-                       int64_t steps, int64_t m, int64_t n) const {
+  LS_INLINE void block(bool zero, const uint32_t* const (&rows)[2], int64_t stride, int64_t group,
+                       const uint32_t* from, int64_t steps, int64_t m, int64_t n) const {
     float* const to = c + m * ldc + n;
     const int64_t c_bytes = ldc * 4, a_bytes = stride * 4, b_bytes = ldb * 4;
     if (zero) {
@@ -105,10 +108,10 @@ class AmxProduct {
     }
     for (int64_t s = 0; s < steps; ++s) {
       _tile_loadd(6, from + s * 16 * ldb, b_bytes);
-      _tile_loadd(4, rows[0] + s * 16, a_bytes);
+      _tile_loadd(4, rows[0] + s * group, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kRowTiles == 2) {
-        _tile_loadd(5, rows[1] + s * 16, a_bytes);
+        _tile_loadd(5, rows[1] + s * group, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
       }
       if constexpr (kColumnTiles == 2) {

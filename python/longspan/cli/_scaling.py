@@ -19,6 +19,7 @@ from longspan.rope.frequencies import takes_factor
 
 # Methods that `longspan rope search` finds: LongRoPE's factors, or whatever the file has.
 _FROM_FILE = ("longrope", "searched")
+_SINKS = 4  # first tokens that the method "window" keeps: StreamingLLM's default
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Method:
     """A scaling method as ``--methods`` names it.
 
     Attributes:
-        name: One of `longspan.rope.METHODS`, "none" for the model as it was trained, or "searched" for
-            what the factors file has.
+        name: One of `longspan.rope.METHODS`, "none" for the model as it was trained, "searched" for
+            what the factors file has, or "window": no scaling, but first tokens and as many of the last
+            as the trained length has room for (StreamingLLM).
         factor: What follows the ``@``; None is the length over the trained one, 1 or more.
     """
 
@@ -52,6 +54,11 @@ class Method:
 
         if self.name == "none":
             return extend_context(model, None, attention=attention)
+        if self.name == "window":
+            window = trained - _SINKS
+            return extend_context(
+                model, None, attention=attention, cache="window", window=window, sink_tokens=_SINKS
+            )
         if self.name in _FROM_FILE:
             return extend_context(model, factors, attention=attention)
         factor = max(1.0, length / trained) if self.factor is None else self.factor
@@ -67,7 +74,7 @@ def parse_methods(text: str) -> list[Method]:
         argparse.ArgumentTypeError: One is not known, has a factor and must not, or comes twice.
     """
     without = ("llama3", "default")  # one has options of its own, the other is "none"
-    names = ("none", *(name for name in rope.METHODS if name not in without), "searched")
+    names = ("none", *(name for name in rope.METHODS if name not in without), "searched", "window")
     found: list[Method] = []
     for part in text.split(","):
         name, at, number = part.strip().partition("@")
@@ -123,18 +130,7 @@ def read_methods(args: argparse.Namespace) -> tuple[list[Method], Any]:
     Raises:
         CommandError: The file is none, or it and the methods do not fit together.
     """
-    parameters = None
-    if args.factors is not None:
-        try:
-            parameters = json.loads(args.factors.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CommandError(
-                f"--factors: expected a JSON file, got {args.factors} ({error})"
-            ) from error
-        if not isinstance(parameters, dict) or "rope_type" not in parameters:
-            raise CommandError(
-                f"--factors: expected rope_parameters with a rope_type, got {args.factors}"
-            )
+    parameters = None if args.factors is None else read_parameters(args.factors, "--factors")
     methods = args.methods
     if methods is None:
         names = ["none", "linear", "dynamic", "yarn"]
@@ -153,6 +149,21 @@ def read_methods(args: argparse.Namespace) -> tuple[list[Method], Any]:
             f"{parameters['rope_type']!r}; the method searched takes it"
         )
     return methods, parameters
+
+
+def read_parameters(path: Path, option: str) -> dict[str, Any]:
+    """A file of ``rope_parameters``.
+
+    Raises:
+        CommandError: It is none.
+    """
+    try:
+        parameters = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{option}: expected a JSON file, got {path} ({error})") from error
+    if not isinstance(parameters, dict) or "rope_type" not in parameters:
+        raise CommandError(f"{option}: expected rope_parameters with a rope_type, got {path}")
+    return parameters
 
 
 def trained_length(model: Any) -> int:

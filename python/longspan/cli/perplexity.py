@@ -137,7 +137,10 @@ def _score(
     row: dict[str, Any] = {"tokens": length, "method": str(method)}
     with extended, layer_progress(model, f"{length} tokens, {method}"):
         inv_freq, scale = rope.frequencies(**extended.settings, seq_len=length)
-        row["frequencies"] = hashlib.sha256(f"{inv_freq.tolist()} {scale}".encode()).hexdigest()[:16]
+        seen = min(length, extended.tokens_seen or length)
+        row["frequencies"] = hashlib.sha256(
+            f"{inv_freq.tolist()} {scale}{f' {seen}' if seen < length else ''}".encode()
+        ).hexdigest()[:16]
         same = report.find(tokens=length, frequencies=row["frequencies"])
         if same is None:
             start = time.perf_counter()

@@ -4,9 +4,12 @@
   longspan perplexity --methods none,yarn,longrope --factors factors/rope_parameters.json
 
 `search` looks for LongRoPE's factors by evolution (Ding et al. 2024): one a pair of channels, none less
-than the one before it, and the factor of cosine and sine. It begins with position interpolation, NTK and
-YaRN, so that on its own tokens it ends no worse than these. With --simple it tries a grid over YaRN's
-factor and temperature instead.
+than the one before it, and the factor of cosine and sine. It begins with YaRN, NTK and position
+interpolation, so that on its own tokens it ends no worse than these. With --simple it tries a grid over
+YaRN's factor and temperature instead.
+
+A search is best begun where another one ended: with --start, such as at what --simple found, or at what
+was found for half the length.
 
 The loss is that of the last --scored tokens of --samples pieces of the text, each of --length tokens,
 from token --from on: by default behind those that `longspan perplexity` scores.
@@ -17,6 +20,7 @@ same options; with more --generations it goes on beyond.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import sys
 from pathlib import Path
@@ -35,11 +39,18 @@ from longspan.cli._model import (
     read_document,
     set_threads,
 )
-from longspan.cli._scaling import Report, facts, make_folder, progress, trained_length
+from longspan.cli._scaling import (
+    Report,
+    facts,
+    make_folder,
+    progress,
+    read_parameters,
+    trained_length,
+)
 from longspan.cli._scoring import END, last_losses, layer_progress
-from longspan.rope.search import Candidate, evolve, grid, starting_points
+from longspan.rope.search import Candidate, as_candidate, evolve, grid, starting_points
 
-_ROOM = 1.25  # times the factor of lengths, up to which a pair's factor may go
+_ROOM = 2.0  # times the factor of lengths, up to which a pair's factor may go
 
 
 def _numbers(text: str) -> list[float]:
@@ -71,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", f"where the pieces begin; default: {END}", parse_length, default=END, dest="begin")
     add("--samples", "pieces of text", default=1)
     add("--scored", "last tokens of each that count", parse_length, default=1024)
+    kind.add_argument(
+        "--start", type=Path, nargs="+", default=[], metavar="FILE",
+        help="rope_parameters to begin with instead, such as an earlier search found",
+    )  # fmt: skip
     add("--population", "candidates of a generation", default=8)
     add("--parents", "of them that stay; default: half")
     add("--generations", "after the first", default=5)
@@ -163,6 +178,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.scored >= args.length:
         raise CommandError(f"--scored: expected less than --length, {args.length}, got {args.scored}")
+    if args.simple and args.start:
+        raise CommandError("--start: expected without --simple, which begins with nothing")
     if not args.simple and (args.yarn_factors or args.temperatures):
         raise CommandError("--yarn-factors and --temperatures: expected with --simple alone")
 
@@ -223,7 +240,9 @@ class _Space:
                 raise CommandError(f"--yarn-factors: expected 1 or more, got {min(self._yarn[0]):g}")
             self.total = len(self._yarn[0]) * len(self._yarn[1])
         else:
-            self.start = starting_points(**self._model, factor=self.factor, trained=self.trained)
+            self.start = [self._started(path, args.length) for path in args.start] or starting_points(
+                **self._model, factor=self.factor, trained=self.trained
+            )
             if args.population < len(self.start):
                 raise CommandError(
                     f"--population: expected {len(self.start)} or more, with which it begins, "
@@ -231,6 +250,18 @@ class _Space:
                 )
             parents = args.population // 2 if args.parents is None else args.parents
             self.total = args.population + args.generations * (args.population - parents)
+
+    def _started(self, path: Path, length: int) -> Candidate:
+        """What a file of --start has."""
+        try:
+            settings = rope.from_config(
+                {**self._common, **read_parameters(path, "--start")},
+                head_dim=self._model["head_dim"],
+                max_position=self.trained,
+            )
+            return as_candidate(settings, length)
+        except ValueError as error:
+            raise CommandError(f"--start: {path}: {error}") from error
 
     def _of_yarn(self, factor: float) -> dict[str, Any]:
         return {
@@ -243,7 +274,11 @@ class _Space:
         """What the candidates hang on. More generations of the same search go on from fewer."""
         if args.simple:
             return {"simple": True}
-        return {name: getattr(args, name) for name in ("simple", "population", "parents", "seed")}
+        names = ("simple", "population", "parents", "seed")
+        return {
+            **{name: getattr(args, name) for name in names},
+            "start": [dataclasses.asdict(candidate) for candidate in self.start],
+        }
 
     def search(self, args: Any, rows: list[dict[str, Any]], loss_of: Any, evaluated: Any) -> Any:
         """-> the best rope_parameters, their loss."""

@@ -80,6 +80,12 @@ class Extended(Undoable):
             name: (before, after) for name, (before, after) in self._changes.items() if before != after
         }
 
+    @property
+    def tokens_seen(self) -> int | None:
+        """How many tokens a token sees at most, itself included; None is all of those before it."""
+        window = self._extension.window
+        return None if window is None else window + self._extension.sink_tokens
+
     def new_cache(self) -> Cache:
         """Return an empty cache for this model; calls without one get theirs by themselves."""
         return new_cache(self._extension, self._decoder.config)

@@ -65,9 +65,11 @@ class Found:
 def starting_points(
     *, head_dim: int, base: float, factor: float, trained: int, partial_rotary_factor: float = 1.0
 ) -> list[Candidate]:
-    """Position interpolation, NTK and YaRN as candidates, YaRN also without its temperature.
+    """Candidates that are spread over what is known to work: YaRN, NTK and position interpolation.
 
-    A search that begins with these finds nothing worse than the best of them.
+    YaRN as it is comes first. Then with half the temperature, up to 1.5 times ``factor``, and where
+    pairs that turn twice in the trained length are scaled in full, not only those that turn once. A
+    search that begins with these finds nothing worse than the best of them.
 
     Args:
         head_dim, base, partial_rotary_factor: As in `frequencies`.
@@ -81,15 +83,45 @@ def starting_points(
     of_model: dict[str, Any] = {
         "head_dim": head_dim, "base": base, "partial_rotary_factor": partial_rotary_factor,
     }  # fmt: skip
-    theta, _ = frequencies("default", **of_model)
-    found: dict[Candidate, None] = {}
-    for method in ("yarn", "ntk", "linear"):
-        options = {"original_max_position_embeddings": trained} if method == "yarn" else {}
-        inv_freq, scale = frequencies(method, **of_model, factor=float(factor), **options)
-        factors = _monotone((theta.double() / inv_freq.double()).tolist(), max(factor, 1.0))
-        for attention_factor in (scale, 1.0):
-            found[Candidate(factors, round(attention_factor, _DIGITS))] = None
+    yarn = {**of_model, "method": "yarn", "original_max_position_embeddings": trained}
+    first = as_candidate({**yarn, "factor": float(factor)})
+    found: dict[Candidate, None] = {first: None}
+    half = round((1 + first.attention_factor) / 2, _DIGITS)
+    for times, turns in ((1.0, 2.0), (1.25, 1.0), (1.25, 2.0), (1.5, 1.0), (1.5, 2.0)):
+        options = {"factor": times * factor, "beta_slow": turns, "attention_factor": half}
+        found[as_candidate({**yarn, **options})] = None
+    for method in ("ntk", "linear"):
+        found[as_candidate({**of_model, "method": method, "factor": float(factor)})] = None
     return list(found)
+
+
+def as_candidate(settings: Mapping[str, Any], length: int | None = None) -> Candidate:
+    """What a method of scaling is as a candidate: to start a search with, or to compare.
+
+    Args:
+        settings: Arguments of `frequencies`, ``method`` among them.
+        length: Tokens that are read, for methods that look at it.
+
+    Raises:
+        ValueError: The settings are no method's, or a pair's frequency is scaled less than the one's
+            before it, or raised.
+
+    Example::
+
+        rope.search.as_candidate(rope.from_config(parameters, head_dim=64, max_position=8192), 16384)
+    """
+    of_model = ("head_dim", "base", "partial_rotary_factor")
+    theta, _ = frequencies("default", **{name: settings[name] for name in of_model if name in settings})
+    inv_freq, scale = frequencies(**settings, seq_len=length)
+    factors = (theta.double() / inv_freq.double()).tolist()
+    # In float32 an unscaled pair's may lie a little below 1, and one below the pair before it.
+    monotone = _monotone(factors, max(*factors, 1.0))
+    if not all(abs(is_now - was) < 1e-5 * was for is_now, was in zip(monotone, factors)):
+        raise ValueError(
+            f"as_candidate: settings: expected factors from 1 on, none below the one before, "
+            f"got {factors}"
+        )
+    return Candidate(monotone, round(scale, _DIGITS))
 
 
 def _monotone(values: Iterable[float], greatest: float) -> tuple[float, ...]:

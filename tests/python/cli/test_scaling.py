@@ -10,6 +10,7 @@ from longspan import rope
 from longspan.cli import main, passkey, perplexity
 from longspan.cli import rope as rope_command
 from longspan.cli._scaling import parse_methods
+from longspan.hf import extend_context
 
 transformers = pytest.importorskip("transformers")
 for module in ("matplotlib", "tqdm", "tokenizers", "gguf"):
@@ -110,6 +111,28 @@ def test_perplexity_is_transformers_own(folder, document, tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in table[1:4]] == ["tokens", "256", "600"]
     assert float(table[3][6]) == pytest.approx(rows[-1]["perplexity"], rel=1e-3)
+
+
+def test_perplexity_of_a_window(folder, document, tmp_path, capsys):
+    """Up to the trained length the model as it is; beyond, its first and last tokens, unscaled."""
+    assert run_perplexity(folder, document, tmp_path / "a", "--methods", "none,window") == 0
+    rows = {
+        (row["tokens"], row["method"]): row for row in read(tmp_path / "a" / "perplexity.json")["rows"]
+    }
+    assert rows[256, "window"]["same_as"] == "none"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor([tokenizer(document.read_text()).input_ids])[:, -600:]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    window = extend_context(model, None, cache="window", window=TRAINED - 4, sink_tokens=4)
+    with window, torch.no_grad():
+        logits = model(tokens).logits[0, -129:-1]
+    expected = torch.nn.functional.cross_entropy(logits, tokens[0, -128:]).exp().item()
+    assert rows[600, "window"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert rows[600, "none"]["perplexity"] != pytest.approx(expected, rel=1e-3)
+    capsys.readouterr()
+    options = ("--methods", "window", "--attention", "sdpa")
+    assert run_perplexity(folder, document, tmp_path / "b", *options) == 2
+    assert "attention: expected longspan with cache='window'" in capsys.readouterr().err
 
 
 def test_perplexity_goes_on_where_it_was_stopped(folder, document, tmp_path, capsys, monkeypatch):
@@ -290,7 +313,7 @@ def test_passkey_names_bad_input(folder, tmp_path, capsys, options, message):
 def run_search(folder, document, out, *options):
     return command(
         "rope search", folder, out, "--document", str(document), "--length", "600", "--from",
-        "300", "--scored", "50", "--population", "6", "--generations", "2", *options,
+        "300", "--scored", "50", "--population", "8", "--generations", "2", *options,
     )  # fmt: skip
 
 
@@ -305,7 +328,7 @@ def test_search_finds_what_perplexity_reads(folder, long_document, tmp_path, cap
     assert run_search(folder, long_document, tmp_path / "s", "--samples", "2") == 0
     report = read(tmp_path / "s" / "search.json")
     losses = [row["loss"] for row in report["rows"]]
-    assert len(losses) == 6 + 2 * 3
+    assert len(losses) == 8 + 2 * 4
     found = read(tmp_path / "s" / "rope_parameters.json")
     best = report["rows"][losses.index(min(losses))]
     assert found["long_factor"] == best["factors"]
@@ -346,23 +369,44 @@ def test_search_goes_on_where_it_was_stopped(folder, long_document, tmp_path, mo
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 8:
+        if len(calls) == 10:
             raise KeyboardInterrupt
         return last_losses(*args)
 
     monkeypatch.setattr(rope_command, "last_losses", interrupted)
     assert run_search(folder, long_document, tmp_path / "a") == 130
-    assert len(read(tmp_path / "a" / "search.json")["rows"]) == 7
+    assert len(read(tmp_path / "a" / "search.json")["rows"]) == 9
     assert (tmp_path / "a" / "rope_parameters.json").exists()
     assert run_search(folder, long_document, tmp_path / "a") == 0
-    assert len(calls) == 8 + 12 - 7
+    assert len(calls) == 10 + 16 - 9
     assert run_search(folder, long_document, tmp_path / "b") == 0
     for name in ("search.json", "rope_parameters.json"):
         assert read(tmp_path / "a" / name) == read(tmp_path / "b" / name)
     assert run_search(folder, long_document, tmp_path / "b", "--generations", "3") == 0
     more = read(tmp_path / "b" / "search.json")["rows"]
-    assert more[:12] == read(tmp_path / "a" / "search.json")["rows"]
-    assert len(more) == 15
+    assert more[:16] == read(tmp_path / "a" / "search.json")["rows"]
+    assert len(more) == 20
+
+
+def test_search_begins_where_another_ended(folder, long_document, tmp_path, capsys):
+    options = ("--simple", "--yarn-factors", "2,3", "--temperatures", "1,1.05")
+    assert run_search(folder, long_document, tmp_path / "grid", *options) == 0
+    found = str(tmp_path / "grid" / "rope_parameters.json")
+    status = run_search(folder, long_document, tmp_path / "a", "--start", found, "--population", "3")
+    assert status == 0
+    rows = read(tmp_path / "a" / "search.json")["rows"]
+    assert len(rows) == 3 + 2 * 2
+    grid = min(row["loss"] for row in read(tmp_path / "grid" / "search.json")["rows"])
+    assert rows[0]["loss"] == pytest.approx(grid, rel=1e-5)  # the factors are written in six digits
+    # And a second time where the first ended.
+    again = str(tmp_path / "a" / "rope_parameters.json")
+    options = ("--start", found, again, "--population", "3", "--generations", "0")
+    assert run_search(folder, long_document, tmp_path / "b", *options) == 0
+    starts = [row["loss"] for row in read(tmp_path / "b" / "search.json")["rows"]]
+    assert starts[1] == min(row["loss"] for row in rows)
+    capsys.readouterr()
+    assert run_search(folder, long_document, tmp_path / "b", *options, "--start", again) == 2
+    assert "--out: expected" in capsys.readouterr().err
 
 
 def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
@@ -383,8 +427,10 @@ def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
     ("options", "message"),
     [
         (["--samples", "0"], "--samples: expected 1 or more, got 0"),
-        (["--population", "3"], "--population: expected 4 or more, with which it begins, got 3"),
-        (["--parents", "6"], "--parents: expected 1 or more and less than --population, got 6"),
+        (["--population", "3"], "--population: expected 8 or more, with which it begins, got 3"),
+        (["--parents", "8"], "--parents: expected 1 or more and less than --population, got 8"),
+        (["--start", "none.json"], "--start: expected a JSON file, got none.json"),
+        (["--simple", "--start", "none.json"], "--start: expected without --simple"),
         (["--length", "200"], "--length: expected more than the model was trained for, 300"),
         (["--scored", "600"], "--scored: expected less than --length, 600, got 600"),
         (["--samples", "90"], "--length and --samples: expected no more than the document has"),

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan import rope
-from longspan.rope.search import Candidate, crossover, evolve, grid, mutate, starting_points
+from longspan.rope.search import (
+    Candidate,
+    as_candidate,
+    crossover,
+    evolve,
+    grid,
+    mutate,
+    starting_points,
+)
 
 MODEL = {"head_dim": 32, "base": 10000.0, "factor": 4.0, "trained": 128}
 START = starting_points(**MODEL)
@@ -38,7 +46,30 @@ def test_starting_points_are_the_methods():
     torch.testing.assert_close(theta / torch.tensor(first.factors), yarn, rtol=1e-5, atol=0)
     assert first.attention_factor == pytest.approx(scale, abs=1e-6)
     assert Candidate((4.0,) * 16, 1.0) in START
-    assert len(START) == len(set(START)) == 4  # only YaRN has a temperature
+    assert len(START) == len(set(START)) == 1 + 5 + 2  # YaRN, around it, NTK, linear
+    assert START[1].factors != first.factors
+    assert START[1].attention_factor == pytest.approx((1 + scale) / 2, abs=1e-6)
+
+
+def test_a_method_as_a_candidate_has_its_frequencies():
+    lambdas = [1 + i / 4 for i in range(16)]
+    longrope = {
+        "method": "longrope", "head_dim": 32, "base": 5000.0, "factor": 4.0, "attention_factor": 1.03,
+        "original_max_position_embeddings": 128, "short_factor": [1.0] * 16, "long_factor": lambdas,
+    }  # fmt: skip
+    found = as_candidate(longrope, 512)
+    assert found.factors == pytest.approx(lambdas, rel=1e-6)
+    assert found.attention_factor == 1.03
+    assert as_candidate(longrope, 128).factors == (1.0,) * 16
+    dynamic = {"method": "dynamic", "head_dim": 32, "factor": 2.0, "max_position": 128}
+    inv_freq, _ = rope.frequencies(**dynamic, seq_len=512)
+    theta, _ = rope.frequencies("default", head_dim=32)
+    torch.testing.assert_close(
+        theta / torch.tensor(as_candidate(dynamic, 512).factors), inv_freq, rtol=1e-5, atol=0
+    )
+    for wrong in ([0.5] * 16, lambdas[::-1]):
+        with pytest.raises(ValueError, match="as_candidate: settings: expected factors from 1 on"):
+            as_candidate({**longrope, "long_factor": wrong}, 512)
 
 
 @given(candidates(), candidates(), st.integers(0, 2**32))
@@ -62,7 +93,7 @@ def test_finds_what_no_starting_point_is():
 
 
 def test_never_worse_than_where_it_began():
-    found = evolve(lambda c: -distance(c), START, greatest=5.0, population=4, generations=0)
+    found = evolve(lambda c: -distance(c), START, greatest=5.0, population=8, generations=0)
     assert found.loss <= min(-distance(c) for c in START)
     assert set(found.losses) == set(START)
 
@@ -134,7 +165,7 @@ def test_grid():
         (lambda: Candidate((2.0, 1.0), 1.0), "factors: expected none below the one before"),
         (lambda: Candidate((1.0, 1.0), 0.0), "attention_factor: expected a number above 0"),
         (lambda: evolve(distance, [], greatest=5.0), "start: expected candidates"),
-        (lambda: evolve(distance, START, greatest=5.0, population=3), "population: expected 4 or more"),
+        (lambda: evolve(distance, START, greatest=5.0, population=3), "population: expected 8 or more"),
         (lambda: evolve(distance, START, greatest=5.0, parents=8), "parents: expected less than pop"),
         (lambda: evolve(distance, START, greatest=5.0, generations=-1), "generations: expected 0"),
         (lambda: grid(max, [], [1.0]), "factors and temperatures: expected one or more"),
