@@ -148,7 +148,7 @@ def distill(
 
     Each layer repeats its own softmax attention at the inputs of the unchanged model, so that one pass
     of it is a step of all of them, and no gradient goes from one to another (attention transfer, Zhang
-    et al. 2024, LoLCATs, section 3.1).
+    et al. 2024, LoLCATs).
     """
     from tqdm import tqdm
 

@@ -240,8 +240,8 @@ def linearized_attention(
     """Attend exactly to sinks and window and linearly to what is between, under one normaliser.
 
     A query's weights are ``exp(scale q . k)`` for the exact tokens and ``exp(log) phi(q) . phi(k)`` for
-    the others, with `AttentionFeatures`' phi and log, as in LoLCATs (Zhang et al. 2024, equation 6).
-    Without a window all weights are ``phi(q) . phi(k)``.
+    the others, with `AttentionFeatures`' phi and log (after Zhang et al. 2024, LoLCATs, whose maps have
+    no log). Without a window all weights are ``phi(q) . phi(k)``.
 
     Args:
         features: Of this layer.
@@ -303,7 +303,9 @@ def linear_part(
             phi_q, phi_k, v, scale=1.0, return_final_state=True, cu_seqlens=step.offsets,
             initial_state=None if state is None else state.repeat_interleave(groups, dim=1),
         )  # fmt: skip
-        return *_normalised(sums, log), last[:, ::groups].contiguous()
+        # A state of each query head came; a group's are the same.
+        last = last if groups == 1 else last[:, ::groups].clone()
+        return *_normalised(sums, log), last
 
 
 def exact_part(

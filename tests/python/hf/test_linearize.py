@@ -408,6 +408,11 @@ def test_models_and_data_that_do_not_fit():
     with pytest.raises(ValueError, match="neither linearized nor extended"):
         call(model, text(), **SHORT)
     extended.undo()
+    with (
+        call(model, text(), window=8, **SHORT),
+        pytest.raises(ValueError, match="not extended or linearized, got one that is"),
+    ):
+        longspan.hf.extend_context(model)
     model.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="with the forward of their class"):
         call(model, text(), **SHORT)

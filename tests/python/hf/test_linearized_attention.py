@@ -336,6 +336,14 @@ def test_memory_of_replaced_layers_does_not_grow(kind):
     assert cache.layers[0].keys.shape[2] == cache.get_seq_length() == 240
 
 
+def test_memory_with_one_key_head():
+    made = AttentionFeatures("hedgehog", 4, 1, D, SCALE, True, dtype=torch.float32)
+    q, k, v = torch.randn(1, 4, 30, D), *torch.randn(2, 1, 1, 30, D)
+    layer = LinearizedLayer()
+    linearized_attention(made, q, k, v, LinearizedPass(6, 2, 1, 30), layer, SCALE)
+    assert layer.nbytes == 4 * (2 * D * (D + 1) + 2 * 8 * D)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_checkpointing(kind):
     model, _ = linear(kind=kind)
