@@ -179,9 +179,9 @@ def extend_context(
 
     Raises:
         TypeError: ``model`` is no torch module, or an option is not known to the method.
-        ValueError: There is no decoder, or more than one, that this is for; the model is extended
-            or linearized already, or its configuration has another scaling than the one asked for (scalings do
-            not compose); settings do not fit or contradict each other.
+        ValueError: There is no decoder, or more than one, that this is for; the model is extended or
+            linearized already, or its configuration has another scaling than the one asked for
+            (scalings do not compose); settings do not fit or contradict each other.
 
     Example::
 
