@@ -1,7 +1,8 @@
 """Linear attention against plain torch in chunks, fast-transformers where it is there, and itself.
 
-fast-transformers (``pip install pytorch-fast-transformers``) compiles for five minutes; its rows are
-left out where it is not installed.
+fast-transformers (``pip install --no-deps --no-build-isolation --target FOLDER
+pytorch-fast-transformers``, FOLDER on PYTHONPATH; no nvcc on PATH beside a CPU build of torch) compiles
+for five minutes; without it its rows say so.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +31,15 @@ def cases() -> Iterator[Case]:
             work = f"{'forward + backward' if backward else 'forward'}, T={tokens}"
             needed = (5.0 if backward else 6.0) if long else None
             yield work, partial(_against, _plain, "torch, chunks of 128", tokens, backward, needed)
+            work += ", fast-transformers"
             if find_spec("fast_transformers"):
                 needed = (3.5 if backward else 4.0) if long else None
                 yield (
                     work,
                     partial(_against, _fast_transformers, "fast-transformers", tokens, backward, needed),
                 )
+            else:
+                yield f"{work}: not installed", lambda bench: Row(peer="fast-transformers")
     for dtype in (torch.bfloat16, torch.float16):
         yield f"forward, T=16384, {str(dtype)[6:]}", partial(_half, dtype)
     for kind in ("head", "token", "channel"):

@@ -213,7 +213,7 @@ class AttentionGradient {
             continue;
           }
           const Vec<T> s = load(w.scores + cell), dp = load(w.d_scores + cell);
-          Vec<T> p = exp2<T>((s * unit - lse) * T(kLog2e));
+          Vec<T> p = weight_of<Dot>((s * unit - lse) * T(kLog2e));
           if constexpr (kPlain) {
             store(w.scores + cell, p);
             store(w.d_scores + cell, p * (dp - delta));

@@ -17,6 +17,20 @@
 
 namespace longspan::LONGSPAN_ISA {
 
+/// 2^x of scores less their reference. Where weights are rounded to bfloat16 (2^-9) a cubic is enough:
+/// 8.6e-5, and exactly 1 at 0. There the fraction of -infinity is 0, and scalef takes the floor of x.
+template <class Dot>
+LS_INLINE Vec<typename Dot::Sum> weight_of(Vec<typename Dot::Sum> x) {
+#if defined(LONGSPAN_BF16_DOT)
+  if constexpr (Dot::kDepth == 2) {
+    const auto f = Vec<float>(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Vec<float> p = ((f * 7.7067197e-2f + 2.2764482e-1f) * f + 6.9511683e-1f) * f + 1.0f;
+    return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(x)));
+  }
+#endif
+  return exp2_nonpositive<typename Dot::Sum>(x);
+}
+
 /// What one head of one sequence does to its scores.
 template <class T>
 struct ScoreRules {

@@ -5,13 +5,8 @@
 //   Y       = M V + exp(a_t) q S             the output but for scale and normaliser
 //   S'      = exp(a_n) S + sum of k_s exp(a_n - a_s) v_s^T
 //
-// The two products of Y are one, over a depth of key channels and then of tokens, so that its sums stay
-// in registers and M and S need no copies:
-//
-//              [tokens][key_channels | tokens]      [key_channels + tokens][value_channels]
-//
-//   Y    =     (      exp(a_t) q     |   M   )   .   ( S )      "panel": a state in work, and below it
-//                                                    ( V )      the chunk's values
+// The two products of Y are one sum in registers (More, tile.h), which is scaled, and divided by the
+// normaliser, where it is stored.
 #pragma once
 
 #include "kernels/decay.h"
@@ -69,20 +64,22 @@ struct LinearDecay {
   /// `whole`, or null where nothing decays.
   const T* factors() const { return kind == Gate::kNone ? nullptr : whole; }
 
-  /// out = exp(a_t) x_t, and exp(a_n - a_t) x_t, for rows of key channels; out may be x.
-  void from_start(const T* x, int64_t n, T* out) const {
-    multiply(x, n, token.from_start, channel.from_start, out);
+  /// out = exp(a_t) x_t, and exp(a_n - a_t) x_t, for rows of key channels; out may be x. Not for kNone.
+  void from_start(const T* x, int64_t stride, int64_t n, T* out, int64_t out_stride) const {
+    multiply(x, stride, n, token.from_start, channel.from_start, out, out_stride);
   }
-  void to_end(const T* x, int64_t n, T* out) const { multiply(x, n, token.to_end, channel.to_end, out); }
+  void to_end(const T* x, int64_t stride, int64_t n, T* out, int64_t out_stride) const {
+    multiply(x, stride, n, token.to_end, channel.to_end, out, out_stride);
+  }
 
  private:
-  void multiply(const T* x, int64_t n, const T* by_token, const T* by_channel, T* out) const {
+  void multiply(const T* x, int64_t stride, int64_t n, const T* by_token, const T* by_channel, T* out,
+                int64_t out_stride) const {
     for (int64_t t = 0; t < n; ++t) {
-      for (int64_t c = t * width; c < (t + 1) * width; c += L) {
-        const Vec<T> v = load(x + c);
-        store(out + c, kind == Gate::kNone    ? v
-                       : kind == Gate::kToken ? v * by_token[t]
-                                              : v * load(by_channel + c));
+      for (int64_t c = 0; c < width; c += L) {
+        const Vec<T> factor =
+            kind == Gate::kToken ? broadcast(by_token[t]) : load(by_channel + t * width + c);
+        store(out + t * out_stride + c, load(x + t * stride + c) * factor);
       }
     }
   }
@@ -123,20 +120,20 @@ class LinearChunk {
   }
 
   /// A state through a chunk: what it decays to, by rows or columns, and the product on top.
-  template <Start kDecayed>
+  template <Start kDecayed, class Besides = Nothing>
   void advance(Product<Dot> product, const LinearDecay<T>& decay, int64_t rows, int64_t columns,
-               int64_t depth) const {
+               int64_t depth, const Besides& besides = {}) const {
     product.rescale = decay.factors();
     if (product.rescale == nullptr) {
-      product.template run_as<Start::kAccumulate, false, false>(rows, columns, depth);
+      product.template run_as<Start::kAccumulate, false, false>(rows, columns, depth, besides);
     } else {
-      product.template run_as<kDecayed, false, false>(rows, columns, depth);
+      product.template run_as<kDecayed, false, false>(rows, columns, depth, besides);
     }
   }
   int64_t kv_head(int64_t head) const { return head / (p.heads / p.kv_heads); }
 
   /// M from scores [n][tokens], as elements of rows ld apart: whole strips, zeros above the diagonal.
-  /// sums: of each row.
+  /// sums: of each row, where normalized.
   void mix(const LinearDecay<T>& decay, const T* scores, int64_t n, E* out, int64_t ld, T* sums) const {
     const Vec<T> lane = __builtin_convertvector(iota<T>(), Vec<T>);
     for (int64_t t = 0; t < n; ++t) {
@@ -149,18 +146,18 @@ class LinearChunk {
         sum += m;
         store_scalars<Dot>(out + t * ld, i, m);
       }
-      sums[t] = sum_of_lanes<T>(sum);
+      if (p.normalized) sums[t] = sum_of_lanes<T>(sum);
     }
   }
 
-  /// z = whole z + sum of rows [n][key_width], each times a factor where there are any; whole may be
-  /// null.
-  void advance_norm(const T* whole, const T* rows, const T* factors, int64_t n, T* z) const {
+  /// z = whole z + sum of n rows, each times a factor where there are any; whole may be null.
+  void advance_norm(const T* whole, const T* rows, int64_t stride, const T* factors, int64_t n,
+                    T* z) const {
     for (int64_t c = 0; c < key_width; c += L) {
       Vec<T> sum = load(z + c);
       if (whole) sum *= load(whole + c);
       for (int64_t t = 0; t < n; ++t) {
-        const Vec<T> x = load(rows + t * key_width + c);
+        const Vec<T> x = load(rows + t * stride + c);
         sum += factors ? x * factors[t] : x;
       }
       store(z + c, sum);

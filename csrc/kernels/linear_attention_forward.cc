@@ -20,6 +20,9 @@ namespace {
 /// States of spans cost a third more arithmetic.
 constexpr int64_t kEnoughTasks = 8;
 
+/// Lines of the next chunk's rows to ask for before each tile of a product: measured.
+constexpr int64_t kLines = 20;
+
 template <class Dot>
 class Forward {
   using E = typename Dot::Element;
@@ -32,19 +35,20 @@ class Forward {
  public:
   explicit Forward(const LinearAttentionParams& p)
       : p_(p), chunk_(p_), depth_(ceil_div(p.key_channels, Dot::kDepth)),
-        mixed_ld_(round_up(depth_ + chunk_.tokens / Dot::kDepth, L)),
-        in_rows_(p.normalized || p.kind == Gate::kChannel) {}
+        in_rows_(p.normalized || p.kind == Gate::kChannel),
+        in_place_(is_native<Dot>(p.dtype) && !kPairs && p.value_channels % L == 0) {}
 
   void run() { p_.causal ? run_causal() : run_full(); }
 
  private:
   struct Workspace {
     LinearDecay<T> decay;
-    LinearState<T> state;  ///< in the panel, where that is not of pairs
-    E* panel;              ///< [depth + tokens / Dot::kDepth][value_width]
-    E* mixed;              ///< [tokens][mixed_ld]: exp(a_t) q, M
+    LinearState<T> state;
+    E* packed;             ///< S, where it is multiplied in pairs
+    E* decayed;            ///< exp(a_t) q [tokens][decayed_ld()]
+    E* mixed;              ///< M [tokens][tokens / Dot::kDepth], in the place of scores if it fits
     E* turned;             ///< k^T [depth][tokens]
-    E* q;                  ///< a copy, where memory does not have the form
+    E *q, *v;              ///< copies, where memory does not have the form
     E* k;                  ///< exp(a_n - a_s) k_s, by token
     T *q_rows, *k_rows;    ///< [tokens][key_width] each: q and k, then the same times their decays
     T* scores;             ///< [tokens][tokens]
@@ -57,16 +61,18 @@ class Forward {
     Workspace w;
     const int64_t tokens = chunk_.tokens, rows = tokens / Dot::kDepth;
     w.decay.lay_out(arena, p_.kind, tokens, chunk_.key_width);
-    w.panel = arena.take<E>((depth_ + rows) * chunk_.value_width);
-    w.state.s = kPairs ? arena.take<T>(chunk_.state_size) : reinterpret_cast<T*>(w.panel);
+    w.state.s = arena.take<T>(chunk_.state_size);
     w.state.z = arena.take<T>(p_.normalized ? chunk_.key_width : 0);
-    w.mixed = arena.take<E>(tokens * mixed_ld_);
+    w.packed = arena.take<E>(kPairs ? depth_ * chunk_.value_width : 0);
+    w.decayed = arena.take<E>(tokens * decayed_ld());
     w.turned = arena.take<E>(depth_ * tokens);
     w.q = arena.take<E>(tokens * depth_);
+    w.v = arena.take<E>(rows * chunk_.value_width);
     w.k = arena.take<E>(rows * chunk_.key_width);
     w.q_rows = arena.take<T>(in_rows_ ? tokens * chunk_.key_width : 0);
     w.k_rows = arena.take<T>(in_rows_ ? tokens * chunk_.key_width : 0);
     w.scores = arena.take<T>(tokens * tokens);
+    w.mixed = kPairs ? arena.take<E>(tokens * rows) : reinterpret_cast<E*>(w.scores);
     w.y = arena.take<T>(tokens * chunk_.value_width);
     w.sums = arena.take<T>(tokens);
     w.factor = arena.take<T>(tokens);
@@ -166,9 +172,13 @@ class Forward {
     const int64_t last = run.end_of(span);
     for (int64_t t0 = run.begin_of(span); t0 < last; t0 += chunk_.tokens) {
       const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
+      const LinearPlace next{run, head, t0 + at.n, min_of(chunk_.tokens, last - t0 - at.n)};
+      Ahead ahead(kLines);
+      ahead.add(chunk_.key_rows(p_.v, next), next.n, p_.value_channels);
+      ahead.add(chunk_.key_rows(p_.k, next), next.n, p_.key_channels);
       w.decay.prepare(p_, run, head, t0, at.n, chunk_.tokens);
-      load_values(at, w);
-      advance(at, w);
+      advance(at, values(at, w), w, ahead);
+      ahead.ask_all();
       if (p_.kind == Gate::kNone) continue;
       for (int64_t i = 0; i < p_.key_channels; ++i) decay[i] *= w.decay.whole[i];
     }
@@ -225,15 +235,20 @@ class Forward {
   void read_all(const Span& span, int64_t head, const Workspace& w) const {
     const Run& run = p_.runs.runs[span.run];
     chunk_.load_boundary(span.run, head, w.state);
-    pack_state(w);
-    const int64_t last = run.end_of(span.index), width = chunk_.value_width;
+    const E* state = pack_state(w);
+    const int64_t last = run.end_of(span.index);
     for (int64_t t0 = run.begin_of(span.index); t0 < last; t0 += chunk_.tokens) {
       const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
-      load_queries(at, w);
-      Product<Dot>{w.mixed, mixed_ld_, 1, w.panel, width, w.y, width}
-          .template run_as<Start::kZero, false, true>(at.n, width, depth_);
+      const LinearPlace next{run, head, t0 + at.n, min_of(chunk_.tokens, last - t0 - at.n)};
+      Ahead ahead(kLines);
+      ahead.add(chunk_.query_rows(p_.q, next), next.n, p_.key_channels);
+      ahead.add(chunk_.query_rows(p_.out, next), next.n, p_.value_channels);
+      const Operand<Dot> q = queries(at, w);
       chunk_.weigh(w.q_rows, w.state.z, nullptr, at.n, chunk_.denominators(run, head, t0), w.factor);
-      store_rows<T>(w.y, width, at.n, p_.value_channels, w.factor, chunk_.query_rows(p_.out, at));
+      const Target y = target(at, w);
+      read<false>(0, at.n, q, state, {}, 0, y, w, ahead);
+      ahead.ask_all();
+      finish(at, y, w);
     }
   }
 
@@ -245,40 +260,43 @@ class Forward {
     for (int64_t t0 = run.begin_of(k); t0 < last; t0 += chunk_.tokens) {
       const LinearPlace at{run, head, t0, min_of(chunk_.tokens, last - t0)};
       const LinearPlace next{run, head, t0 + at.n, min_of(chunk_.tokens, run.end - t0 - at.n)};
+      Ahead ahead(kLines);
+      ahead.add(chunk_.query_rows(p_.q, next), next.n, p_.key_channels);
+      ahead.add(chunk_.key_rows(p_.k, next), next.n, p_.key_channels);
+      ahead.add(chunk_.key_rows(p_.v, next), next.n, p_.value_channels);
+      ahead.add(chunk_.query_rows(p_.out, next), next.n, p_.value_channels);
       w.decay.prepare(p_, run, head, t0, at.n, chunk_.tokens);
-      // Memory is asked for a chunk ahead, a tensor at a time, so that it answers while products run.
-      prefetch(chunk_.query_rows(p_.q, next), next.n, p_.key_channels);
-      prefetch<true>(chunk_.query_rows(p_.out, at), at.n, p_.value_channels);
-      load_queries(at, w);
-      load_values(at, w);
-      score(at, w);
-      prefetch(chunk_.key_rows(p_.k, next), next.n, p_.key_channels);
-      chunk_.mix(w.decay, w.scores, at.n, w.mixed + depth_, mixed_ld_, w.sums);
-      multiply(at.n, w);
-      prefetch(chunk_.key_rows(p_.v, next), next.n, p_.value_channels);
+      const Operand<Dot> q = queries(at, w), v = values(at, w);
+      score(at, q, w, ahead);
+      chunk_.mix(w.decay, w.scores, at.n, w.mixed, chunk_.tokens / Dot::kDepth, w.sums);
       chunk_.weigh(w.q_rows, w.state.z, w.sums, at.n, chunk_.denominators(run, head, t0), w.factor);
-      store_rows<T>(w.y, chunk_.value_width, at.n, p_.value_channels, w.factor,
-                    chunk_.query_rows(p_.out, at));
-      if (wanted || t0 + at.n < last) advance(at, w);
+      multiply(at, q, v, w, ahead);
+      if (wanted || t0 + at.n < last) advance(at, v, w, ahead);
+      ahead.ask_all();
     }
   }
 
-  /// exp(a_t) q to where it is multiplied.
-  void load_queries(const LinearPlace& at, const Workspace& w) const {
-    const TokenRows q = chunk_.query_rows(p_.q, at);
-    if (!in_rows_) {
-      const T* from_start = p_.kind == Gate::kToken ? w.decay.token.from_start : nullptr;
-      return copy_by_channel<Dot>(q, at.n, p_.key_channels, from_start, w.mixed, mixed_ld_);
+  /// exp(a_t) q.
+  Operand<Dot> queries(const LinearPlace& at, const Workspace& w) const {
+    TokenRows q = chunk_.query_rows(p_.q, at);
+    const T* from_start = p_.kind == Gate::kToken ? w.decay.token.from_start : nullptr;
+    const int64_t width = chunk_.key_width;
+    if (in_rows_) {
+      load_padded(q, at.n, w.q_rows);
+      if (p_.kind == Gate::kChannel) {
+        load_padded(chunk_.key_rows(p_.k, at), at.n, w.k_rows);
+        w.decay.channel.scores(w.q_rows, w.k_rows, at.n, w.scores);
+      }
+      if (p_.kind != Gate::kNone) w.decay.from_start(w.q_rows, width, at.n, w.q_rows, width);
+      q = {w.q_rows, kDtype, width}, from_start = nullptr;
+      if (!kPairs) return by_channel<Dot>(q, at.n, p_.key_channels, w.decayed);
+    } else if (p_.kind == Gate::kNone) {
+      return by_channel<Dot>(q, at.n, p_.key_channels, w.decayed);
     }
-    load_padded(q, at.n, w.q_rows);
-    if (p_.kind == Gate::kChannel) {
-      load_padded(chunk_.key_rows(p_.k, at), at.n, w.k_rows);
-      w.decay.channel.scores(w.q_rows, w.k_rows, at.n, w.scores);
-    }
-    w.decay.from_start(w.q_rows, at.n, w.q_rows);
-    copy_by_channel<Dot>({w.q_rows, kDtype, chunk_.key_width}, at.n, p_.key_channels, nullptr, w.mixed,
-                         mixed_ld_);
+    copy_by_channel<Dot>(q, at.n, p_.key_channels, from_start, w.decayed, decayed_ld());
+    return {w.decayed, decayed_ld()};
   }
+  int64_t decayed_ld() const { return round_up(depth_, L); }
 
   /// Rows past the last token are zero.
   void load_padded(TokenRows x, int64_t n, T* out) const {
@@ -287,59 +305,93 @@ class Forward {
                      size_t((chunk_.tokens - n) * chunk_.key_width) * sizeof(T));
   }
 
-  void load_values(const LinearPlace& at, const Workspace& w) const {
-    copy_by_token<Dot>(chunk_.key_rows(p_.v, at), at.n, p_.value_channels, nullptr,
-                       w.panel + depth_ * chunk_.value_width, chunk_.value_width);
+  Operand<Dot> values(const LinearPlace& at, const Workspace& w) const {
+    return by_token<Dot>(chunk_.key_rows(p_.v, at), at.n, p_.value_channels, true, w.v);
   }
 
-  /// q k^T, strips of it up to the diagonal.
-  void score(const LinearPlace& at, const Workspace& w) const {
+  /// q k^T, strips of it up to the diagonal. decayed: what queries() gave, which are q without gates.
+  void score(const LinearPlace& at, Operand<Dot> decayed, const Workspace& w, Ahead& ahead) const {
     if (p_.kind == Gate::kChannel) return;  // with the queries
     transposed<Dot>(chunk_.key_rows(p_.k, at), at.n, p_.key_channels, w.turned, chunk_.tokens);
-    const Operand<Dot> q = p_.kind == Gate::kNone ? Operand<Dot>{w.mixed, mixed_ld_}
+    const Operand<Dot> q = p_.kind == Gate::kNone ? decayed
                                                   : by_channel<Dot>(chunk_.query_rows(p_.q, at), at.n,
                                                                     p_.key_channels, w.q);
     for (int64_t t = 0; t < at.n; t += kStrip) {
       const int64_t count = min_of(kStrip, at.n - t);
       Product<Dot>{q.data + t * q.stride,        q.stride,     1, w.turned, chunk_.tokens,
                    w.scores + t * chunk_.tokens, chunk_.tokens}
-          .template run_as<Start::kZero, false, true>(count, round_up(t + count, L), depth_);
+          .template run_as<Start::kZero, false, true>(count, round_up(t + count, L), depth_,
+                                                      Between{ahead});
     }
   }
 
-  /// Where the panel is of pairs, the state is not in it.
-  void pack_state(const Workspace& w) const {
+  /// The state as products read it.
+  const E* pack_state(const Workspace& w) const {
     if constexpr (kPairs) {
       copy_by_token<Dot>({w.state.s, kDtype, chunk_.value_width}, p_.key_channels, chunk_.value_width,
-                         nullptr, w.panel, chunk_.value_width);
+                         nullptr, w.packed, chunk_.value_width);
+      return w.packed;
+    } else {
+      return w.state.s;
     }
+  }
+
+  /// Where Y is summed up: in the result itself if that has its form.
+  struct Target {
+    T* data;
+    int64_t stride;
+  };
+  Target target(const LinearPlace& at, const Workspace& w) const {
+    if (!in_place_) return {w.y, chunk_.value_width};
+    const TokenRows out = chunk_.query_rows(p_.out, at);
+    return {static_cast<T*>(const_cast<void*>(out.data)), out.stride};
+  }
+  void finish(const LinearPlace& at, Target y, const Workspace& w) const {
+    if (in_place_) return;
+    store_rows<T>(y.data, y.stride, at.n, p_.value_channels, kPairs ? w.factor : nullptr,
+                  chunk_.query_rows(p_.out, at));
   }
 
   /// Y. A zero of M must not meet an infinite value of the future (tile.h).
-  void multiply(int64_t n, const Workspace& w) const {
-    pack_state(w);
-    const Operand<Dot> values{w.panel + depth_ * chunk_.value_width, chunk_.value_width};
-    all_finite<Dot>(values, ceil_div(n, Dot::kDepth), chunk_.value_width) ? multiply_as<false>(n, w)
-                                                                          : multiply_as<true>(n, w);
+  void multiply(const LinearPlace& at, Operand<Dot> q, Operand<Dot> v, const Workspace& w,
+                Ahead& ahead) const {
+    const E* state = pack_state(w);
+    const Target y = target(at, w);
+    const bool finite = all_finite<Dot>(v, ceil_div(at.n, Dot::kDepth), chunk_.value_width);
+    for (int64_t t = 0; t < at.n; t += kStrip) {
+      const int64_t count = min_of(kStrip, at.n - t), depth = ceil_div(t + count, Dot::kDepth);
+      finite ? read<false>(t, count, q, state, v, depth, y, w, ahead)
+             : read<true>(t, count, q, state, v, depth, y, w, ahead);
+    }
+    finish(at, y, w);
   }
+
+  /// Rows of Y: of queries in the state, and of M, so deep, in the values.
   template <bool kGuarded>
-  void multiply_as(int64_t n, const Workspace& w) const {
-    const int64_t width = chunk_.value_width;
-    for (int64_t t = 0; t < n; t += kStrip) {
-      const int64_t count = min_of(kStrip, n - t);
-      Product<Dot>{w.mixed + t * mixed_ld_, mixed_ld_, 1, w.panel, width, w.y + t * width, width}
-          .template run_as<Start::kZero, kGuarded, true>(count, width,
-                                                         depth_ + ceil_div(t + count, Dot::kDepth));
+  void read(int64_t t, int64_t count, Operand<Dot> q, const E* state, Operand<Dot> v, int64_t depth,
+            Target y, const Workspace& w, Ahead& ahead) const {
+    const int64_t width = chunk_.value_width, ld = chunk_.tokens / Dot::kDepth;
+    const Product<Dot> product{q.data + t * q.stride, q.stride, 1, state, width,
+                               y.data + t * y.stride, y.stride};
+    if constexpr (kPairs) {
+      product.template run_as<Start::kZero, false, true>(count, width, depth_, Between{ahead});
+      Product<Dot>{w.mixed + t * ld, ld, 1, v.data, v.stride, product.c, y.stride}
+          .template run_as<Start::kAccumulate, kGuarded, true>(count, width, depth, Between{ahead});
+    } else {
+      product.template run_as<Start::kZero, false, true>(
+          count, width, depth_,
+          More<Dot, kGuarded, Ahead>{w.mixed + t * ld, ld, v.data, v.stride, depth, w.factor + t,
+                                     ahead});
     }
   }
 
-  /// The state behind a chunk whose decays are prepared and whose values are loaded.
-  void advance(const LinearPlace& at, const Workspace& w) const {
+  /// The state behind a chunk whose decays are prepared.
+  void advance(const LinearPlace& at, Operand<Dot> v, const Workspace& w, Ahead& ahead) const {
     const TokenRows key = chunk_.key_rows(p_.k, at);
     Operand<Dot> k{w.k, chunk_.key_width};
     if (in_rows_) {
       copy_rows<T>(key, at.n, p_.key_channels, chunk_.key_width, nullptr, w.k_rows);
-      w.decay.to_end(w.k_rows, at.n, w.k_rows);
+      if (p_.kind != Gate::kNone) w.decay.to_end(w.k_rows, k.stride, at.n, w.k_rows, k.stride);
       if constexpr (kPairs) {
         copy_by_token<Dot>({w.k_rows, kDtype, chunk_.key_width}, at.n, chunk_.key_width, nullptr, w.k,
                            chunk_.key_width);
@@ -352,18 +404,19 @@ class Forward {
       k = by_token<Dot>(key, at.n, p_.key_channels, false, w.k);
     }
     const int64_t width = chunk_.value_width, depth = ceil_div(at.n, Dot::kDepth);
-    const Product<Dot> product{k.data, 1, k.stride, w.panel + depth_ * width, width, w.state.s, width};
-    chunk_.template advance<Start::kRescaleRows>(product, w.decay, p_.key_channels, width, depth);
+    const Product<Dot> product{k.data, 1, k.stride, v.data, v.stride, w.state.s, width};
+    chunk_.template advance<Start::kRescaleRows>(product, w.decay, p_.key_channels, width, depth,
+                                                 Between{ahead});
     if (p_.normalized) {
-      chunk_.advance_norm(w.decay.factors(), w.k_rows, nullptr, at.n, w.state.z);
+      chunk_.advance_norm(w.decay.factors(), w.k_rows, chunk_.key_width, nullptr, at.n, w.state.z);
     }
   }
 
   LinearAttentionParams p_;  // a copy: boundaries may be our own
   LinearChunk<Dot> chunk_;
   int64_t depth_;     ///< elements of a row of key channels
-  int64_t mixed_ld_;
   bool in_rows_;      ///< whether q and k are needed in the type of accumulation
+  bool in_place_;     ///< whether Y is summed up where the result lies
 };
 
 }  // namespace

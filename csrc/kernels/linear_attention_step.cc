@@ -6,6 +6,7 @@
 
 #include "kernels/linear_attention.h"
 #include "kernels/parallel.h"
+#include "kernels/states.h"
 #include "kernels/table.h"
 #include "kernels/tile.h"
 #include "simd/convert.h"
@@ -15,7 +16,7 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 18;  // of states; a task is not worth handing out below
-constexpr int64_t kAhead = 4096;         // bytes of state to ask for early
+constexpr int64_t kAhead = 2048;         // bytes of state to ask for early
 
 template <class T>
 class Step {
@@ -37,11 +38,24 @@ class Step {
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
       T* rows = reinterpret_cast<T*>(scratch.at(0)) + thread * space;
       const int64_t end = min_of(states, (task + 1) * a_task);
-      for (int64_t i = task * a_task; i < end; ++i) update(i / p_.heads, i % p_.heads, rows);
+      for (int64_t i = task * a_task; i < end; ++i) {
+        if (i + 1 < end) ask_for((i + 1) / p_.heads, (i + 1) % p_.heads);
+        update(i / p_.heads, i % p_.heads, rows);
+      }
     });
   }
 
  private:
+  /// What a state's update begins with; it would wait for one after the other.
+  void ask_for(int64_t batch, int64_t head) const {
+    const int64_t kv_head = head / (p_.heads / p_.kv_heads);
+    prefetch(rows_of(p_.q, p_.dtype, batch, head, 0), 1, p_.key_channels);
+    prefetch(rows_of(p_.k, p_.dtype, batch, kv_head, 0), 1, p_.key_channels);
+    prefetch(rows_of(p_.v, p_.dtype, batch, kv_head, 0), 1, p_.value_channels);
+    const T* norm = static_cast<const T*>(p_.norm) + batch * p_.norm_batch + head * p_.norm_head;
+    if (p_.norm) prefetch({norm, kDtypeOf<T>, 0}, 1, p_.key_channels);
+  }
+
   void update(int64_t batch, int64_t head, T* q) const {
     T *k = q + key_width_, *decay = k + key_width_, *v = decay + key_width_, *out = v + value_width_;
     const int64_t kv_head = head / (p_.heads / p_.kv_heads);

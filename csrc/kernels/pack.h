@@ -54,6 +54,46 @@ LS_INLINE void prefetch(TokenRows x, int64_t n, int64_t channels) {
   }
 }
 
+/// The same a few rows at a time, between the tiles of products (tile.h): memory then answers while they
+/// are worked on. A burst waits for itself, as a processor keeps account of so many lines on the way.
+class Ahead {
+ public:
+  explicit LS_INLINE Ahead(int64_t lines) : lines_(lines) {}  ///< so many a call
+
+  /// At most kMost times.
+  LS_INLINE void add(TokenRows x, int64_t n, int64_t channels) {
+    if (n <= 0) return;
+    const int64_t size = size_of(x.dtype);
+    parts_[count_++] = {static_cast<const char*>(x.data), x.stride * size, channels * size, n};
+  }
+  LS_INLINE void operator()() {
+    for (int64_t left = lines_; left > 0 && at_ < count_;) left -= ask_row();
+  }
+  LS_INLINE void ask_all() {
+    while (at_ < count_) ask_row();
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride, bytes, rows;
+  };
+  static constexpr int kMost = 6;
+
+  /// -> how many lines.
+  LS_INLINE int64_t ask_row() {
+    Part& part = parts_[at_];
+    for (int64_t i = 0; i < part.bytes; i += 64) __builtin_prefetch(part.row + i, 0, 2);
+    part.row += part.stride;
+    if (--part.rows == 0) ++at_;
+    return ceil_div(part.bytes, 64);
+  }
+
+  int64_t lines_;
+  Part parts_[kMost];
+  int count_ = 0, at_ = 0;
+};
+
 template <class Dot>
 struct Operand {
   const typename Dot::Element* data;
@@ -142,9 +182,21 @@ void transposed(TokenRows x, int64_t n, int64_t channels, typename Dot::Element*
   using E = typename Dot::Element;
   constexpr int L = kLanes<E>;
   const int64_t rows = ceil_div(channels, Dot::kDepth);
+  // Whole squares of rows that have the form stay in registers.
+  const bool native = is_native<Dot>(x.dtype);
   for (int64_t t = 0; t < n; t += L) {
     for (int64_t c = 0; c < rows; c += L) {
       Vec<E> square[L];
+      if (native && n - t >= L && rows - c >= L) {
+        const char* from = static_cast<const char*>(x.from(t).data) + c * int64_t(sizeof(E));
+        const int64_t step = x.stride * size_of(x.dtype);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) square[i] = load(reinterpret_cast<const E*>(from + i * step));
+        transpose<E>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(out + (c + i) * ld + t, square[i]);
+        continue;
+      }
       for (int i = 0; i < L; ++i) {
         square[i] = t + i < n ? load_channels<Dot>(x, t + i, c, rows - c) : Vec<E>{};
       }
@@ -297,20 +349,25 @@ bool all_finite(Operand<Dot> x, int64_t rows, int64_t columns) {
   using E = typename Dot::Element;
   using T = typename Dot::Sum;
   constexpr int L = kLanes<E>;
-  Vec<T> bad = {};
-  for (int64_t r = 0; r < rows; ++r) {
+  constexpr int64_t kRows = 4;  // sums of their own, which need not wait for each other
+  Vec<T> bad[kRows] = {};
+  for (int64_t r = 0; r < rows; r += kRows) {
     for (int64_t c = 0; c < columns; c += L) {
-      const E* p = x.data + r * x.stride + c;
-      const Vec<E> v = columns - c >= L ? load(p) : load_first(p, columns - c);
-      if constexpr (Dot::kDepth == 2) {
-        bad += bit_cast<T, E>(v << 16) * T(0);
-        bad += bit_cast<T, E>(v & 0xffff0000u) * T(0);
-      } else {
-        bad += v * T(0);
+      const int64_t left = columns - c;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i) {
+        if (r + i >= rows) break;
+        const E* p = x.data + (r + i) * x.stride + c;
+        const Vec<E> v = left >= L ? load(p) : load_first(p, left);
+        if constexpr (Dot::kDepth == 2) {
+          bad[i] += bit_cast<T, E>(v << 16) * T(0) + bit_cast<T, E>(v & 0xffff0000u) * T(0);
+        } else {
+          bad[i] += v * T(0);
+        }
       }
     }
   }
-  return sum_of_lanes<T>(bad) == T(0);
+  return sum_of_lanes<T>(bad[0] + bad[1] + bad[2] + bad[3]) == T(0);
 }
 
 }  // namespace longspan::LONGSPAN_ISA

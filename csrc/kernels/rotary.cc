@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kTokens = 64;      // a task's
 constexpr int64_t kSerial = 1 << 15;  // elements below which threads cost more than they bring
-constexpr int64_t kStreamed = int64_t(4) << 20;  // bytes from which an output goes past the caches
 
 /// x1 x0 x3 x2 ...
 template <class T>
@@ -32,34 +31,6 @@ LS_INLINE Vec<T> swap_neighbours(Vec<T> x) {
     static_assert(L == 16);
     return LS_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
   }
-}
-
-/// Past the caches, so that lines which are overwritten need not be read first. p is aligned to V.
-template <class V>
-LS_INLINE void stream(void* p, V v) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) == 64) {
-    _mm512_stream_si512(static_cast<__m512i*>(p), __m512i(v));
-  } else if constexpr (sizeof(V) == 32) {
-    _mm256_stream_si256(static_cast<__m256i*>(p), __m256i(v));
-  } else if constexpr (sizeof(V) == 16) {
-    _mm_stream_si128(static_cast<__m128i*>(p), __m128i(v));
-  } else {
-    static_assert(sizeof(V) == 8);
-    long long bits;
-    __builtin_memcpy(&bits, &v, sizeof bits);
-    _mm_stream_si64(static_cast<long long*>(p), bits);
-  }
-#else
-  __builtin_memcpy(p, &v, sizeof v);
-#endif
-}
-
-/// Streamed stores become visible to other threads.
-LS_INLINE void end_of_stream() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 template <class T, Dtype kDtype>
@@ -83,7 +54,6 @@ class Rotary {
       for (int64_t t = 0; t < count; ++t) stage(b, first + t, table + t * 2 * width_);
       turn(p_.q, p_.q_out, p_.q_heads, b, first, count, table);
       turn(p_.k, p_.k_out, p_.k_heads, b, first, count, table);
-      end_of_stream();
     });
   }
 
@@ -111,31 +81,17 @@ class Rotary {
     }
   }
 
-  /// Whether whole vectors go to aligned places that the caches would not keep.
-  bool streams(const RotaryHeads& in, const RotaryHeads& out, int64_t heads) const {
-    const int64_t size = size_of(kDtype), vector = L * size;
-    const int64_t steps = out.batch | out.head | out.token;
-    return in.data != out.data && p_.batch * heads * p_.tokens * p_.channels * size >= kStreamed &&
-           (p_.interleaved ? p_.rotary_channels : half_) % L == 0 && steps * size % vector == 0 &&
-           reinterpret_cast<uintptr_t>(out.data) % uintptr_t(vector) == 0;
-  }
-
+  /// Rows in the order in which they lie in memory. Results go through the caches: memory fresh from the
+  /// system, as large ones are, lies there when it has been cleared, and stores past them took twice as
+  /// long; into memory that was in use before they were no faster.
   void turn(const RotaryHeads& in, const RotaryHeads& out, int64_t heads, int64_t b, int64_t first,
             int64_t count, const T* table) const {
-    streams(in, out, heads) ? turn_rows<true>(in, out, heads, b, first, count, table)
-                            : turn_rows<false>(in, out, heads, b, first, count, table);
-  }
-
-  /// Rows in the order in which they lie in memory.
-  template <bool kStream>
-  void turn_rows(const RotaryHeads& in, const RotaryHeads& out, int64_t heads, int64_t b, int64_t first,
-                 int64_t count, const T* table) const {
     const auto row = [&](int64_t h, int64_t t) {
       const int64_t from = b * in.batch + h * in.head + (first + t) * in.token;
       const int64_t to = b * out.batch + h * out.head + (first + t) * out.token;
       const T* angles = table + t * 2 * width_;
-      p_.interleaved ? turn_neighbours<kStream>(in.data, from, out.data, to, angles)
-                     : turn_halves<kStream>(in.data, from, out.data, to, angles);
+      p_.interleaved ? turn_neighbours(in.data, from, out.data, to, angles)
+                     : turn_halves(in.data, from, out.data, to, angles);
       copy_rest(in.data, from, out.data, to);
     };
     if (in.head < in.token) {
@@ -149,7 +105,6 @@ class Rotary {
     }
   }
 
-  template <bool kStream>
   LS_INLINE void turn_halves(const void* in, int64_t from, void* out, int64_t to,
                              const T* angles) const {
     for (int64_t i = 0; i < half_; i += L) {
@@ -157,29 +112,19 @@ class Rotary {
       const Vec<T> c = load(angles + i), s = load(angles + width_ + i);
       const Vec<T> a = load_as<T>(in, kDtype, from + i, n);
       const Vec<T> b = load_as<T>(in, kDtype, from + half_ + i, n);
-      put<kStream>(out, to + i, a * c - b * s, n);
-      put<kStream>(out, to + half_ + i, b * c + a * s, n);
+      store_as<T>(out, kDtype, to + i, a * c - b * s, n);
+      store_as<T>(out, kDtype, to + half_ + i, b * c + a * s, n);
     }
   }
 
-  template <bool kStream>
   LS_INLINE void turn_neighbours(const void* in, int64_t from, void* out, int64_t to,
                                  const T* angles) const {
     for (int64_t i = 0; i < 2 * half_; i += L) {
       const int64_t n = 2 * half_ - i;
       const Vec<T> x = load_as<T>(in, kDtype, from + i, n);
       const Vec<T> y = x * load(angles + i) + swap_neighbours<T>(x) * load(angles + width_ + i);
-      put<kStream>(out, to + i, y, n);
+      store_as<T>(out, kDtype, to + i, y, n);
     }
-  }
-
-  template <bool kStream>
-  LS_INLINE void put(void* out, int64_t at, Vec<T> x, int64_t n) const {
-    if constexpr (!kStream) return store_as<T>(out, kDtype, at, x, n);
-    char* p = static_cast<char*>(out) + at * size_of(kDtype);
-    if constexpr (kDtype == Dtype::kBfloat16) return stream(p, bfloat16_of_float(x));
-    if constexpr (kDtype == Dtype::kHalf) return stream(p, half_of_float(x));
-    if constexpr (size_of(kDtype) == sizeof(T)) return stream(p, x);
   }
 
   LS_INLINE void copy_rest(const void* in, int64_t from, void* out, int64_t to) const {

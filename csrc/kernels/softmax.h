@@ -28,20 +28,6 @@ struct SoftmaxState {
   }
 };
 
-/// 2^x of scores less their maximum. Where weights are rounded to bfloat16 (2^-9) a cubic is enough:
-/// 8.6e-5, and exactly 1 at 0. There the fraction of -infinity is 0, and scalef takes the floor of x.
-template <class Dot>
-LS_INLINE Vec<typename Dot::Sum> weight_of(Vec<typename Dot::Sum> x) {
-#if defined(LONGSPAN_BF16_DOT)
-  if constexpr (Dot::kDepth == 2) {
-    const auto f = Vec<float>(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-    const Vec<float> p = ((f * 7.7067197e-2f + 2.2764482e-1f) * f + 6.9511683e-1f) * f + 1.0f;
-    return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(x)));
-  }
-#endif
-  return exp2_nonpositive<typename Dot::Sum>(x);
-}
-
 #if defined(LONGSPAN_BF16_DOT)
 /// bf16_pair of weights, which are 0 or more: halves round up, and a NaN makes its query's sum one.
 /// Where a permutation of 16-bit lanes and the conversion take the ports that exponentials wait for.

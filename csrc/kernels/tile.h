@@ -71,12 +71,50 @@ inline constexpr int kTileRows = 4;
 inline constexpr int kTileColumns = 2;
 #endif
 
+/// Of a tile with fewer columns: taller, for a step of depth must be many independent sums.
+template <int kColumns>
+inline constexpr int kRowsOfTile = kColumns == kTileColumns       ? kTileRows
+                                   : kTileColumns == 2            ? 8
+                                   : 2 * kColumns == kTileColumns ? 12
+                                                                  : 16;
+
 /// What C holds before the products are added.
 enum class Start {
   kZero,        ///< nothing: C is written
   kAccumulate,  ///< C itself
   kRescale,     ///< C times a factor per column (the online softmax's correction)
   kRescaleRows, ///< C times a factor per row (a state's decay)
+};
+
+/// What a product does besides, by default: nothing.
+struct Nothing {
+  static constexpr bool kMore = false;
+  LS_INLINE void operator()() const {}
+};
+
+/// Before a tile is begun, a function: there memory can be asked for that is needed later (Ahead,
+/// pack.h).
+template <class Function>
+struct Between {
+  static constexpr bool kMore = false;
+  Function& function;
+  LS_INLINE void operator()() const { function(); }
+};
+
+/// Likewise; and another product is added while C is in registers, its A by rows, and every row of C
+/// then multiplied by a factor:
+///
+///   C = factor (A B + A' B')
+template <class Dot, bool kGuard, class Function>
+struct More {
+  static constexpr bool kMore = true, kGuarded = kGuard;
+  const typename Dot::Element* a;
+  int64_t a_row;
+  const typename Dot::Element* b;
+  int64_t ldb, depth;
+  const typename Dot::Sum* factor;
+  Function& function;
+  LS_INLINE void operator()() const { function(); }
 };
 
 template <class Dot>
@@ -90,13 +128,15 @@ struct Product {
   int64_t ldb;
   Sum* c;
   int64_t ldc;
-  int64_t a_group = 0;  ///< where groups of 16 of A's depth lie apart, from one to the next; else 0
   const Sum* rescale = nullptr;  ///< one factor a column or row, for Start::kRescale, kRescaleRows
+  /// Pairs, a_depth 1: where groups of 16 of A's depth lie apart, from one to the next; else 0.
+  int64_t a_group = 0;
 
-  template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
-  LS_INLINE void tile(int64_t m, int64_t n, int64_t depth) const {
+  template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth, class Besides>
+  LS_INLINE void tile(int64_t m, int64_t n, int64_t depth, const Besides& besides) const {
     constexpr int L = kLanes<Sum>;
     static_assert(kLanes<Element> == L);
+    besides();
     Vec<Sum> sum[kRows][kColumns];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -111,14 +151,31 @@ struct Product {
         if constexpr (kStart == Start::kRescaleRows) sum[i][j] *= broadcast(rescale[m + i]);
       }
     }
+    add<kGuarded, kUnitDepth>(a + m * a_row, a_row, a_depth, b + n, ldb, depth, sum);
+    if constexpr (Besides::kMore) {
+      const Besides& x = besides;
+      add<Besides::kGuarded, true>(x.a + m * x.a_row, x.a_row, 1, x.b + n, x.ldb, x.depth, sum);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        if constexpr (Besides::kMore) sum[i][j] *= broadcast(besides.factor[m + i]);
+        store(c + (m + i) * ldc + n + j * L, sum[i][j]);
+      }
+    }
+  }
+
+  template <bool kGuarded, bool kUnitDepth, int kRows, int kColumns>
+  static LS_INLINE void add(const Element* a, int64_t a_row, int64_t a_depth, const Element* b,
+                            int64_t ldb, int64_t depth, Vec<Sum> (&sum)[kRows][kColumns]) {
     const Element* arow[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) arow[i] = kUnitDepth ? a + (m + i) * a_row : a + m + i;
-    const Element* brow = b + n;
+    for (int i = 0; i < kRows; ++i) arow[i] = kUnitDepth ? a + i * a_row : a + i;
     for (int64_t k = 0; k < depth; ++k) {
       Vec<Element> bk[kColumns];
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) bk[j] = load(brow + j * L);
+      for (int j = 0; j < kColumns; ++j) bk[j] = load(b + j * kLanes<Sum>);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const Vec<Element> x = broadcast<Element>(kUnitDepth ? arow[i][k] : arow[0][i]);
@@ -127,40 +184,30 @@ struct Product {
           sum[i][j] = kGuarded ? Dot::guarded_step(sum[i][j], x, bk[j]) : Dot::step(sum[i][j], x, bk[j]);
         }
       }
-      brow += ldb;
+      b += ldb;
       if constexpr (!kUnitDepth) arow[0] += a_depth;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) store(c + (m + i) * ldc + n + j * L, sum[i][j]);
+  }
+
+  /// Rows from m on, as many tiles of kRows as there are, then lower ones.
+  template <int kRows, int kColumns, Start kStart, bool kGuarded, bool kUnitDepth, class Besides>
+  LS_INLINE void column(int64_t m, int64_t rows, int64_t n, int64_t depth,
+                        const Besides& besides) const {
+    for (; m + kRows <= rows; m += kRows) {
+      tile<kRows, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth, besides);
+    }
+    constexpr int kNext = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
+    if constexpr (kNext > 0) {
+      column<kNext, kColumns, kStart, kGuarded, kUnitDepth>(m, rows, n, depth, besides);
     }
   }
 
-  template <int kColumns, Start kStart, bool kGuarded, bool kUnitDepth>
-  LS_INLINE void column(int64_t rows, int64_t n, int64_t depth) const {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) {
-      tile<kTileRows, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
-    }
-    if constexpr (kTileRows > 4) {
-      if (m + 4 <= rows) {
-        tile<4, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
-        m += 4;
-      }
-    }
-    if (m + 2 <= rows) {
-      tile<2, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
-      m += 2;
-    }
-    if (m < rows) tile<1, kColumns, kStart, kGuarded, kUnitDepth>(m, n, depth);
-  }
-
-  /// columns is a multiple of the lanes. Exactly one of A's strides is 1.
-  template <Start kStart, bool kGuarded, bool kUnitDepth>
-  void run_as(int64_t rows, int64_t columns, int64_t depth) const {
+  /// columns is a multiple of the lanes. Exactly one of A's strides is 1. besides: Nothing, Between or
+  /// More.
+  template <Start kStart, bool kGuarded, bool kUnitDepth, class Besides = Nothing>
+  void run_as(int64_t rows, int64_t columns, int64_t depth, const Besides& besides = {}) const {
 #if defined(LONGSPAN_AMX)
-    if constexpr (Dot::kDepth == 2 && !kGuarded) {
+    if constexpr (Dot::kDepth == 2 && !kGuarded && !Besides::kMore) {
       const int64_t m = rows / 16 * 16, k = depth / 16 * 16;
       if (m != 0 && k != 0) {
         if constexpr (kStart == Start::kRescale || kStart == Start::kRescaleRows) {
@@ -181,7 +228,7 @@ struct Product {
       }
     }
 #endif
-    run_in_vectors<kStart, kGuarded, kUnitDepth>(rows, columns, depth);
+    run_in_vectors<kStart, kGuarded, kUnitDepth>(rows, columns, depth, besides);
   }
 
   template <Start kStart>
@@ -194,22 +241,24 @@ struct Product {
     }
   }
 
-  template <Start kStart, bool kGuarded, bool kUnitDepth>
-  LS_INLINE void run_in_vectors(int64_t rows, int64_t columns, int64_t depth) const {
+  template <Start kStart, bool kGuarded, bool kUnitDepth, class Besides = Nothing>
+  LS_INLINE void run_in_vectors(int64_t rows, int64_t columns, int64_t depth,
+                                const Besides& besides = {}) const {
     constexpr int L = kLanes<Sum>;
-    if constexpr (kUnitDepth && Dot::kDepth == 2) {
+    if constexpr (kUnitDepth && Dot::kDepth == 2 && !Besides::kMore) {
       if (a_group != 0) return run_in_groups<kStart, kGuarded, kUnitDepth>(rows, columns, depth);
     }
+    const auto side = [&]<int kColumns>(int64_t n) {
+      column<kRowsOfTile<kColumns>, kColumns, kStart, kGuarded, kUnitDepth>(0, rows, n, depth, besides);
+    };
     int64_t n = 0;
     for (; n + kTileColumns * L <= columns; n += kTileColumns * L) {
-      column<kTileColumns, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+      side.template operator()<kTileColumns>(n);
     }
     if constexpr (kTileColumns > 2) {
-      for (; n + 2 * L <= columns; n += 2 * L) {
-        column<2, kStart, kGuarded, kUnitDepth>(rows, n, depth);
-      }
+      for (; n + 2 * L <= columns; n += 2 * L) side.template operator()<2>(n);
     }
-    for (; n < columns; n += L) column<1, kStart, kGuarded, kUnitDepth>(rows, n, depth);
+    for (; n < columns; n += L) side.template operator()<1>(n);
   }
 
   template <Start kStart, bool kGuarded, bool kUnitDepth>

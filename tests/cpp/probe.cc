@@ -66,7 +66,7 @@ constexpr test::VectorProbe<T> vector_probe() {
 template <class Dot>
 void product(const test::ProductCall<typename Dot::Element, typename Dot::Sum>& p) {
   [[maybe_unused]] const TileUnit unit;
-  const Product<Dot> product{p.a, p.a_row, p.a_depth, p.b, p.ldb, p.c, p.ldc, p.rescale};
+  const Product<Dot> product{p.a, p.a_row, p.a_depth, p.b, p.ldb, p.c, p.ldc, p.rescale, p.a_group};
   const auto start = [&]<Start kStart>() {
     p.guarded ? product.template run<kStart, true>(p.rows, p.columns, p.depth)
               : product.template run<kStart, false>(p.rows, p.columns, p.depth);

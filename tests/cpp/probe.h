@@ -22,6 +22,7 @@ struct ProductCall {
   int start;  ///< as enum class Start
   bool guarded;
   int64_t rows, columns, depth;
+  int64_t a_group;
 };
 
 /// Vector functions for T, from and to arrays of `lanes` elements unless a count is given.

@@ -46,9 +46,12 @@ std::vector<E> matrix(Random& random, int64_t rows, int64_t columns, int64_t ld,
 
 template <class E, class S>
 void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded, bool unit_depth,
-                   int64_t rows, int64_t columns, int64_t depth, Random& random) {
-  const int64_t lda = (unit_depth ? depth : rows) + 3, ldb = columns + 5, ldc = columns + lanes;
-  const auto a = unit_depth ? matrix<E>(random, rows, depth, lda, p.depth)
+                   int64_t rows, int64_t columns, int64_t depth, Random& random, bool grouped = false) {
+  // Grouped: 16 of the depth of all rows, then the next 16.
+  const int64_t width = grouped ? 16 : depth, groups = (depth + width - 1) / width;
+  const int64_t lda = (unit_depth ? width : rows) + 3, ldb = columns + 5, ldc = columns + lanes;
+  const int64_t group = grouped ? rows * lda : 0;
+  const auto a = unit_depth ? matrix<E>(random, groups * rows, width, lda, p.depth)
                             : matrix<E>(random, depth, rows, lda, p.depth);
   const auto b = matrix<E>(random, depth, columns, ldb, p.depth);
   std::vector<S> c(size_t(rows * ldc)), rescale(size_t(start == kRescaleRows ? rows : columns));
@@ -57,7 +60,7 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
   const std::vector<S> before = c;
   const int64_t a_row = unit_depth ? lda : 1, a_depth = unit_depth ? 1 : lda;
   p.product({a.data(), a_row, a_depth, b.data(), ldb, c.data(), ldc, rescale.data(), int(start), guarded,
-             rows, columns, depth});
+             rows, columns, depth, group});
 
   // Each sum rounds once a step: half a unit of the sum of magnitudes, at the most.
   const double unit = epsilon_of(sizeof(S) == 8 ? Dtype::kDouble : Dtype::kFloat);
@@ -77,8 +80,9 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
       long double magnitude = std::fabs(sum);
       for (int64_t k = 0; k < depth; ++k) {
         for (int half = 0; half < p.depth; ++half) {
-          const long double term = (long double)number(a[size_t(m * a_row + k * a_depth)], half) *
-                                   number(b[size_t(k * ldb + n)], half);
+          const int64_t in_a = grouped ? k / 16 * group + m * a_row + k % 16 : m * a_row + k * a_depth;
+          const long double term =
+              (long double)number(a[size_t(in_a)], half) * number(b[size_t(k * ldb + n)], half);
           sum += term;
           magnitude += std::fabs(term);
         }
@@ -88,7 +92,7 @@ void check_product(const DotProbe<E, S>& p, int lanes, Start start, bool guarded
     }
   }
   INFO("start " << start << ", guarded " << guarded << ", unit depth " << unit_depth << ", " << rows
-                << " x " << columns << " x " << depth);
+                << " x " << columns << " x " << depth << ", grouped " << grouped);
   CHECK(worst <= 1);
   CHECK(touched == 0);
 }
@@ -109,6 +113,10 @@ void check_products(const DotProbe<E, S>& p, int lanes) {
           for (const int64_t depth : {15, 16, 17, 64, 130}) {
             for (const int vectors : {1, 2, 3}) {
               check_product(p, lanes, start, guarded, unit_depth, rows, vectors * lanes, depth, random);
+              if (p.depth == 2 && unit_depth) {
+                check_product(p, lanes, start, guarded, true, rows, vectors * lanes, depth, random,
+                              true);
+              }
             }
           }
         }
@@ -131,8 +139,8 @@ void check_guard(const DotProbe<E, S>& p, int lanes) {
         const std::vector<E> a(5, element<E>(zero_left ? zero : other));
         const std::vector<E> b(size_t(lanes), element<E>(zero_left ? other : zero));
         std::vector<S> c(size_t(5 * lanes), S(1));
-        p.product(
-            {a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, true, 5, lanes, 1});
+        p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, true, 5,
+                   lanes, 1, 0});
         for (const S x : c) CHECK(x == S(1 + (p.depth - 1) * 6));
         p.product({a.data(), 1, 5, b.data(), lanes, c.data(), lanes, nullptr, kAccumulate, false, 5,
                    lanes, 1});
