@@ -12,9 +12,11 @@ from longspan.ops.linear_attention import linear_attention, linear_attention_ste
 
 State = tuple[Tensor, Tensor, Tensor]
 
-# Without a gradient features live for a segment of tokens at a time, of about this size: it stays in
-# the cache, and the allocator has it ready, where fresh memory costs more than the exponentials.
-_SEGMENT_BYTES = 1 << 22
+# Without a gradient features live for a segment of tokens at a time, of about this size: the allocator
+# has it ready (from 32 MB on glibc never has), where fresh memory costs more than the exponentials. In
+# smaller ones states are read and written too often, and threads wait for each other: a quarter of it
+# took up to a third longer, and many times as long on a machine that had other work.
+_SEGMENT_BYTES = 1 << 24
 _SPAN = 256  # kSpan in csrc/kernels/runs.h: segments are multiples
 
 

@@ -238,7 +238,7 @@ def test_values_of_one_give_one() -> None:
 
 
 def test_without_a_gradient_memory_does_not_grow_with_the_features() -> None:
-    """Of 65536 tokens all features are 268 MB; a segment of them, and what is made of it, is 4."""
+    """Of 65536 tokens all features are 268 MB; a segment of them is 17, and so is what is made of it."""
     from longspan.cli._memory import PeakMemory
 
     q, k, v = torch.randn(3, 1, 2, 65536, 8)
