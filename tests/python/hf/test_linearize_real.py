@@ -44,7 +44,7 @@ def test_pure_linear_attention_in_the_first_half(model, tokens):
 def test_all_layers_with_a_window_in_constant_memory(model, tokens):
     with linearized(model, tokens, window=64, steps=60) as found:
         before, untrained, distilled = found.perplexity.values()
-        # The window alone comes near; training takes a third of what it lacks.
+        # The window alone comes near; training makes up three tenths of the rest.
         assert distilled - before < 0.75 * (untrained - before)
         with torch.inference_mode():
             cache = model(tokens[None, :2000], use_cache=True).cache
