@@ -179,9 +179,9 @@ def extend_context(
 
     Raises:
         TypeError: ``model`` is no torch module, or an option is not known to the method.
-        ValueError: There is no decoder, or more than one, that this is for; the model is extended
-            already, or its configuration has another scaling than the one asked for (scalings do
-            not compose); settings do not fit or contradict each other.
+        ValueError: There is no decoder, or more than one, that this is for; the model is extended or
+            linearized already, or its configuration has another scaling than the one asked for
+            (scalings do not compose); settings do not fit or contradict each other.
 
     Example::
 
@@ -279,8 +279,8 @@ def _decoder(model: Any) -> Any:
     decoder: Any = found[0]
     if any(replacements([decoder, decoder.rotary_emb])):
         raise ValueError(
-            "extend_context: model: expected one that is not extended, got one that is; call undo() of "
-            "what extend_context returned first"
+            "extend_context: model: expected one that is not extended or linearized, got one that is; "
+            "call undo() of what extend_context or linearize returned first"
         )
     return decoder
 

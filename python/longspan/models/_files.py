@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan._files import write_atomically, write_json
+from longspan._files import write_json, write_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TORCH_WEIGHTS = "pytorch_model.bin"  # mamba-ssm's
@@ -16,18 +16,8 @@ _TORCH_WEIGHTS = "pytorch_model.bin"  # mamba-ssm's
 
 def write_pretrained(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write both, each whole or not at all, the config last."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    dense = {name: x.detach().contiguous() for name, x in weights.items()}
-
-    def write(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; safetensors would let nobody else read it
-        save_file(dense, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-
-    write_atomically(folder / WEIGHTS, write)
+    write_weights(folder / WEIGHTS, weights, {})
     write_json(folder / CONFIG, config)
 
 
