@@ -12,10 +12,11 @@ layer. Peak memory is the rise of the process's resident memory during it (sampl
 there before). The KV cache is what was kept; for the window, what a rolling cache of window + sink
 tokens would hold.
 
-Agreement is to 3 digits. In bf16 a different order of summation alone moves the perplexity of this
-many tokens by 0.2 %, whichever attention is right; so with --dtype bf16 the 3 digits are first checked
-on a float32 copy of the model, and a bf16 row may instead differ by what rounding explains: a mean
-difference of the tokens' losses within 3 of its standard errors.
+Agreement is to 3 digits. In bf16 rounding alone moves the perplexity of this many tokens, by 0.2 % and,
+beyond the trained length, where it is in the thousands, by several, whichever attention is right. So
+with --dtype bf16 the 3 digits are first checked on a float32 copy of the model, and where a bf16 row
+differs, that copy reads its tokens with sdpa: longspan's losses of the tokens may then lie at most twice
+as far from these as sdpa's own in bf16 do (root mean square).
 
 demo.json is written anew after each row and demo.png after each length, so that a run that is stopped
 loses no row that was printed.
@@ -26,6 +27,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,10 @@ def run(args: argparse.Namespace) -> int:
             )
             baseline = baseline or (row, losses)
             if method == "longspan":
-                row["agrees_to"] = _agreement(losses, baseline[1], rounding=args.dtype != "float32")
+                row["agrees_to"] = _agreement(losses, baseline[1])
+                if not row["agrees_to"] and args.dtype != "float32":
+                    truth = _losses_in_float32(model, ("sdpa",), tokens[:, -length:], scored)["sdpa"]
+                    row["agrees_to"] = _agreement(losses, baseline[1], truth)
             report["rows"].append(row)
             write_json(args.out / "demo.json", report)
             _print_row(row, baseline[0])
@@ -223,17 +228,25 @@ def _read(
 
 
 @torch.inference_mode()
-def _check_in_float32(model: Any, tokens: Tensor, scored: int) -> dict[str, Any]:
-    """Exact attention against SDPA where rounding hides nothing: perplexity of both, and the verdict."""
+def _losses_in_float32(
+    model: Any, methods: Sequence[str], tokens: Tensor, scored: int
+) -> dict[str, Tensor]:
+    """The scored tokens' losses by a float32 copy of the model, by method."""
     model = copy.deepcopy(model).float()
     losses = {}
-    for method in ("sdpa", "longspan"):
+    for method in methods:
         _use(model, method)
         with layer_progress(model, f"float32 check, {tokens.shape[1]} tokens, {method}"):
             logits = model(tokens, logits_to_keep=scored + 1).logits
         losses[method] = token_losses(logits[0, :-1], tokens[0, -scored:])
+    return losses
+
+
+def _check_in_float32(model: Any, tokens: Tensor, scored: int) -> dict[str, Any]:
+    """Exact attention against SDPA where rounding hides nothing: perplexity of both, and the verdict."""
+    losses = _losses_in_float32(model, ("sdpa", "longspan"), tokens, scored)
     perplexity = {method: x.mean().exp().item() for method, x in losses.items()}
-    agrees_to = _agreement(losses["longspan"], losses["sdpa"], rounding=False)
+    agrees_to = _agreement(losses["longspan"], losses["sdpa"])
     print(
         f"float32 check at {tokens.shape[1]} tokens: perplexity {perplexity['sdpa']:.6f} with SDPA, "
         f"{perplexity['longspan']:.6f} with longspan: " + ("agrees" if agrees_to else "DIFFERS"),
@@ -268,13 +281,17 @@ def agree_to_3_digits(a: float, b: float) -> bool:
     return abs(a - b) < 10.0 ** (math.floor(math.log10(b)) - 2)
 
 
-def _agreement(losses: Tensor, baseline: Tensor, rounding: bool) -> str:
-    """How far exact attention's losses agree with SDPA's: "3 digits", "rounding", or "" for not."""
+def _agreement(losses: Tensor, baseline: Tensor, truth: Tensor | None = None) -> str:
+    """How far exact attention's losses agree with SDPA's: "3 digits", "rounding", or "" for not.
+
+    Rounding it is where they lie at most twice as far from the truth, SDPA's in float32, as SDPA's do.
+    """
     if agree_to_3_digits(losses.mean().exp().item(), baseline.mean().exp().item()):
         return "3 digits"
-    difference = losses - baseline
-    if rounding and difference.mean().abs() <= 3 * difference.std() / len(difference) ** 0.5:
-        return "rounding"
+    if truth is not None:
+        ours, theirs = ((x - truth).square().mean().sqrt() for x in (losses, baseline))
+        if ours <= 2 * theirs:
+            return "rounding"
     return ""
 
 
