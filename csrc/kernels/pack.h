@@ -127,7 +127,9 @@ template <class Dot>
 LS_INLINE Operand<Dot> by_channel(TokenRows x, int64_t n, int64_t channels,
                                   typename Dot::Element* scratch) {
   using E = typename Dot::Element;
-  if (is_native<Dot>(x.dtype) && x.stride % Dot::kDepth == 0) {
+  // Pairs are read as such: neither rows nor their begin may lie between two.
+  const bool aligned = reinterpret_cast<uintptr_t>(x.data) % sizeof(E) == 0;
+  if (is_native<Dot>(x.dtype) && aligned && x.stride % Dot::kDepth == 0) {
     return {static_cast<const E*>(x.data), x.stride / Dot::kDepth};
   }
   const int64_t width = channels / Dot::kDepth;
