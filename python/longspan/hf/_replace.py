@@ -73,6 +73,32 @@ def known_class(kind: type[nn.Module], known: Iterable[str]) -> str | None:
     return None
 
 
+def unchanged_decoder(function: str, model: Any, known: Iterable[str]) -> Any:
+    """The one module in ``model`` whose class is among ``known``; `function` says who asks.
+
+    Raises:
+        TypeError: ``model`` is no torch module.
+        ValueError: There is none or more than one, or its forward was replaced already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model: expected a torch module, got {type(model).__name__}")
+    known = tuple(known)
+    found = [module for module in model.modules() if known_class(type(module), known)]
+    if len(found) != 1:
+        names = ", ".join(name.split(".")[1] for name in known)
+        raise ValueError(
+            f"{function}: model: expected one decoder in it out of {names}, found {len(found)} in "
+            f"{type(model).__name__}"
+        )
+    decoder: Any = found[0]
+    if any(replacements([decoder, decoder.rotary_emb])):
+        raise ValueError(
+            f"{function}: model: expected one that is neither extended nor linearized, got one that "
+            "is; call undo() of what extend_context or linearize returned first"
+        )
+    return decoder
+
+
 _Self = TypeVar("_Self", bound="Undoable")
 
 

@@ -13,10 +13,9 @@ from longspan.hf._pass import CacheKind, Extension
 from longspan.hf._replace import (
     Undoable,
     give_back,
-    known_class,
     patched_forward,
     replace_forward,
-    replacements,
+    unchanged_decoder,
 )
 from longspan.hf.attention import register
 from longspan.hf.caches import CACHES
@@ -191,7 +190,7 @@ def extend_context(
 
         longspan.hf.extend_context(model, None, cache="window", window=1020)
     """
-    decoder = _decoder(model)
+    decoder = unchanged_decoder("extend_context", model, _DECODERS)
     _check_cache(cache, attention, window, sink_tokens, decoder)
     register()
     register_extended()
@@ -264,25 +263,6 @@ def _change(
 
 
 # ---- checks
-
-
-def _decoder(model: Any) -> Any:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"extend_context: model: expected a torch module, got {type(model).__name__}")
-    found = [module for module in model.modules() if known_class(type(module), _DECODERS)]
-    if len(found) != 1:
-        names = ", ".join(name.split(".")[1] for name in _DECODERS)
-        raise ValueError(
-            f"extend_context: model: expected one decoder in it out of {names}, found {len(found)} in "
-            f"{type(model).__name__}"
-        )
-    decoder: Any = found[0]
-    if any(replacements([decoder, decoder.rotary_emb])):
-        raise ValueError(
-            "extend_context: model: expected one that is not extended or linearized, got one that is; "
-            "call undo() of what extend_context or linearize returned first"
-        )
-    return decoder
 
 
 def _check_cache(

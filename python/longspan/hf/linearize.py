@@ -20,6 +20,7 @@ from longspan.hf._replace import (
     patched_forward,
     replace_forward,
     replacements,
+    unchanged_decoder,
 )
 from longspan.hf.linearized_forward import (
     Linearization,
@@ -378,26 +379,12 @@ def _attentions(decoder: Any, layers: Sequence[int]) -> list[Any]:
 
 
 def _decoder(name: str, model: Any) -> Any:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model: expected a torch module, got {type(model).__name__}")
-    found = [module for module in model.modules() if known_class(type(module), _DECODERS)]
-    if len(found) != 1:
-        names = ", ".join(name.split(".")[1] for name in _DECODERS)
-        raise ValueError(
-            f"{name}: model: expected one decoder in it out of {names}, found {len(found)} in "
-            f"{type(model).__name__}"
-        )
-    decoder: Any = found[0]
+    decoder = unchanged_decoder(name, model, _DECODERS)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(
             f"{name}: model: expected a language-model head, such as LlamaForCausalLM has, got "
             f"{type(model).__name__}"
-        )
-    if any(replacements([decoder, decoder.rotary_emb])):
-        raise ValueError(
-            f"{name}: model: expected one that is neither linearized nor extended, got one that is; "
-            "call undo() of what was returned first"
         )
     return decoder
 

@@ -278,7 +278,7 @@ def test_models_that_it_is_not_for():
         longspan.hf.extend_context(two)
     model = make()
     longspan.hf.extend_context(model)
-    with pytest.raises(ValueError, match="expected one that is not extended"):
+    with pytest.raises(ValueError, match="neither extended nor linearized"):
         longspan.hf.extend_context(model, "linear")
     scaled = make(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(ValueError, match="scaled by linear already"):
