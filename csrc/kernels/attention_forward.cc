@@ -3,7 +3,7 @@
 //
 //     S^T [keys][queries]      = K   Q^T           K as it lies, Q turned once a block
 //     P^T [keys][queries]      = online softmax    (softmax.h)
-//     O^T [channels][queries]  = correction * O^T + V^T P^T      V as it lies
+//     O^T [channels][queries]  = correction * O^T + V^T P^T      V as it lies, or attention_values.h
 //
 // Counted for 64 channels in float: a tile is 2 * 64^3 multiply-adds, 32768 FMA instructions of 16
 // lanes, beside 256 exponentials of 16 lanes at about 10 instructions each: 7 % on top.
@@ -170,7 +170,7 @@ class Forward {
       // Tiles of about one size: 64 and 64 keys are faster than 96 and 32.
       const int64_t keys = range.end - range.begin;
       const int64_t step =
-          round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), max_of<int64_t>(values_.first_key(), 16));
+          round_up(ceil_div(keys, ceil_div(keys, kKeyBlock)), max_of<int64_t>(values_.alignment(), 16));
       for (int64_t k0 = range.begin; k0 < range.end; k0 += step) {
         if (turn++ % splits_ != split) continue;
         tile(rules, block, k, v, {k0, min_of(k0 + step, range.end)}, range.end, run, started, w);
@@ -185,7 +185,7 @@ class Forward {
     } else {
       Interval ranges[2];
       s.key_ranges(block.q0, block.q1, ranges);
-      const int64_t whole = values_.first_key();
+      const int64_t whole = values_.alignment();
       for (Interval& range : ranges) range.begin = range.begin / whole * whole;
       if (!ranges[1].empty() && ranges[1].begin < ranges[0].end) {
         ranges[0].end = ranges[1].end;
@@ -273,7 +273,7 @@ class Forward {
     }
   }
 
-  /// O = O^T / sum, log-sum-exp = maximum + log sum, the sink's share included.
+  /// O = O^T / sum, log-sum-exp = reference + log sum, the sink's share included.
   void finish(const Block& block, const SoftmaxState<T>& state, const T* accumulator, T* factor) const {
     const Sequence s(p_, block.batch);
     const int64_t row_batch = p_.cu_q ? 0 : block.batch;

@@ -22,7 +22,7 @@ class TurnedValues {
 #else
   static constexpr bool kUsed = false;
 #endif
-  static constexpr int64_t kTokens = 32;  ///< of a group; tiles begin at a multiple of it
+  static constexpr int64_t kTokens = 32;  ///< of a group
 
   /// Turns nothing where few queries would read it, or tiles begin where blocks of a mask do.
   explicit TurnedValues(const AttentionParams& p) : p_(p) {
@@ -36,7 +36,8 @@ class TurnedValues {
   int64_t bytes() const { return groups_ * p_.kv_heads * group() * int64_t(sizeof(E)); }
   /// Between groups, in elements.
   int64_t group() const { return p_.value_channels * kTokens / 2; }
-  int64_t first_key() const { return used_ ? kTokens : 2; }
+  /// Tiles begin at a multiple of so many keys.
+  int64_t alignment() const { return used_ ? kTokens : 2; }
 
   /// Turns what queries see, into `memory`.
   void turn(char* memory, int threads) {
@@ -54,14 +55,14 @@ class TurnedValues {
         for (int64_t g = begin + task % kShares; g < end; g += kShares) {
           const int64_t key = g * kTokens;
           pairs_by_channel(v.from(key), min_of(s.keys - key, kTokens), p_.value_channels,
-                           const_cast<E*>(at(batch, head, key)));
+                           at(batch, head, key));
         }
       });
     }
   }
 
   /// From key (a multiple of kTokens) of a sequence on.
-  const E* at(int64_t batch, int64_t kv_head, int64_t key) const {
+  E* at(int64_t batch, int64_t kv_head, int64_t key) const {
     const int64_t before =
         p_.cu_k ? p_.cu_k[batch] / kTokens + batch : batch * ceil_div(p_.keys, kTokens);
     return turned_ + (kv_head * groups_ + before + key / kTokens) * group();

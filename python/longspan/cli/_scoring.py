@@ -7,20 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan._losses import token_losses
+
 # PEERS' protocol and the default of what is scored: tokens 60000 to 61023 of the default document.
 END, SCORED_AT_MOST = 61024, 1024
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each of ``targets`` (T,) under ``logits`` (T, vocabulary), float64.
-
-    In slices of 128 tokens, so that not all the logits exist in float32 at once.
-    """
-    parts = [
-        torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-        for part, target in zip(logits.split(128), targets.split(128))
-    ]
-    return torch.cat(parts).double()
 
 
 @torch.inference_mode()

@@ -36,6 +36,7 @@ from torch import Tensor
 
 import longspan
 from longspan._files import write_atomically, write_json
+from longspan._losses import token_losses
 from longspan.cli._errors import CommandError, require
 from longspan.cli._memory import PeakMemory
 from longspan.cli._model import (
@@ -46,7 +47,7 @@ from longspan.cli._model import (
     read_document,
     set_threads,
 )
-from longspan.cli._scoring import SCORED_AT_MOST, layer_progress, plain_log_ticks, token_losses
+from longspan.cli._scoring import SCORED_AT_MOST, layer_progress, plain_log_ticks
 
 METHODS = ("sdpa", "longspan", "window")
 

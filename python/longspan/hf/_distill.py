@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan._losses import token_losses
 from longspan.hf._replace import give_back, replace_forward, replacements
 from longspan.hf.linearized_attention import (
     LinearizedPass,
@@ -20,7 +20,6 @@ from longspan.hf.linearized_forward import Linearization, projected
 from longspan.ops.attention import attention
 
 _BETAS, _WARMUP = (0.9, 0.95), 5
-_SLICE = 256  # tokens whose logits exist in float32 at once
 
 
 class Lesson:
@@ -206,6 +205,5 @@ def perplexity(model: Any, tokens: Tensor, length: int, label: str, progress: bo
         for begin in bar:
             window = tokens[begin : begin + length].to(device)
             logits = model(window[None], use_cache=False).logits[0, :-1]
-            for some, targets in zip(logits.split(_SLICE), window[1:].split(_SLICE)):
-                total += F.cross_entropy(some.float(), targets, reduction="sum").item()
+            total += token_losses(logits, window[1:]).sum().item()
     return math.exp(total / (len(tokens) - 1))

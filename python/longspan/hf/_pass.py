@@ -7,14 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longspan.hf._replace import Shared
 from longspan.ops.rotary import apply_rotary
 from longspan.rope.angles import Angles, cos_sin, shared_angles
 
 CacheKind = Literal["full", "window", "unrotated"]
 
 
-class Extension:
-    """What forwards, attention and caches of one extended model share. A copy of it is itself.
+class Extension(Shared):
+    """What forwards, attention and caches of one extended model share.
 
     Args:
         settings: Arguments of `longspan.rope.frequencies`.
@@ -31,14 +32,6 @@ class Extension:
         self.window, self.sink_tokens = window, sink_tokens
         self.angles: Angles = shared_angles(settings)
         self._running = 0
-
-    def __copy__(self) -> "Extension":
-        """Itself."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Extension":
-        """Itself: a copied model goes on with copies of its caches."""
-        return self
 
     @contextmanager
     def running(self) -> Iterator[None]:

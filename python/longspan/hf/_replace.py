@@ -1,7 +1,7 @@
 """Forwards put in place of a module's own, and the way back."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -38,6 +38,13 @@ def patched_forward(module: nn.Module) -> Any:
 
 def _slot(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def as_keywords(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments by name, ``args`` those of ``names``, and its cache as ``cache``."""
+    kwargs = {**kwargs, **dict(zip(names, args))}
+    cache = kwargs.pop("past_key_values", None)
+    return kwargs if cache is None else {**kwargs, "cache": cache}
 
 
 def replacements(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Replacement]]:
@@ -99,7 +106,19 @@ def unchanged_decoder(function: str, model: Any, known: Iterable[str]) -> Any:
     return decoder
 
 
-_Self = TypeVar("_Self", bound="Undoable")
+class Shared:
+    """What parts of one model share. A copy of it is itself: copied models go on with their caches."""
+
+    def __copy__(self: "_Self") -> "_Self":
+        """Itself."""
+        return self
+
+    def __deepcopy__(self: "_Self", memo: dict[int, Any]) -> "_Self":
+        """Itself."""
+        return self
+
+
+_Self = TypeVar("_Self")
 
 
 class Undoable:

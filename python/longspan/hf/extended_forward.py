@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from longspan.hf._pass import Extension, Pass
+from longspan.hf._replace import as_keywords
 from longspan.hf.caches import (
     CACHES,
     GrowingLayer,
@@ -47,10 +48,7 @@ def decoder_forward(
     **kwargs: Any,
 ) -> Any:
     """The model's own forward, with our cache and with positions that count no padding."""
-    kwargs.update(zip(names, args))
-    if kwargs.get("past_key_values") is not None:
-        kwargs["cache"] = kwargs["past_key_values"]
-    kwargs.pop("past_key_values", None)
+    kwargs = as_keywords(names, args, kwargs)
     if extension.kind != "full" and decoder.config._attn_implementation != implementation:
         raise ValueError(
             f"attn_implementation: expected {implementation}, which extend_context set, got "

@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from longspan.hf._recurrent import end_to_end, sequence_indices
+from longspan.hf._replace import Shared, as_keywords
 from longspan.hf.linearized_attention import LinearizedLayer, LinearizedPass, linearized_attention
 from longspan.ops.rotary import apply_rotary
 
 
-class Linearization:
-    """What the forwards and caches of one linearized model share. A copy of it is itself.
+class Linearization(Shared):
+    """What the forwards and caches of one linearized model share.
 
     Args:
         layers: Which are replaced.
@@ -23,14 +24,6 @@ class Linearization:
     def __init__(self, layers: tuple[int, ...], window: int, sinks: int) -> None:
         """Keep them."""
         self.layers, self.window, self.sinks = layers, window, sinks
-
-    def __copy__(self) -> "Linearization":
-        """Itself."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Linearization":
-        """Itself: a copied model goes on with copies of its caches."""
-        return self
 
 
 def decoder_forward(
@@ -42,10 +35,7 @@ def decoder_forward(
     **kwargs: Any,
 ) -> Any:
     """The model's own forward, with a cache of ours, and what replaced layers know of its tokens."""
-    kwargs.update(zip(names, args))
-    if kwargs.get("past_key_values") is not None:
-        kwargs["cache"] = kwargs["past_key_values"]
-    kwargs.pop("past_key_values", None)
+    kwargs = as_keywords(names, args, kwargs)
     if kwargs.get("output_attentions") or decoder.config.output_attentions:
         raise ValueError(
             "output_attentions: expected False, since linearized layers form no weights, got True"

@@ -126,3 +126,24 @@ def streaming(settings, window, sinks):
         return frequencies, keys, range(len(keys)), len(keys) - 1
 
     return see
+
+
+def padded(lengths):
+    """Rows of these lengths, padded on the left, and each one alone."""
+    longest = max(lengths)
+    ids, mask = tokens(len(lengths), longest), torch.ones(len(lengths), longest, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        ids[row, : longest - n], mask[row, : longest - n] = 0, 0
+    return ids, mask, [ids[row : row + 1, longest - n :] for row, n in enumerate(lengths)]
+
+
+def check_beams(model, ids):
+    """Beams reorder and repeat the cache; the scores of what they found are those of one pass."""
+    begin = ids.shape[1]
+    out = model.generate(
+        ids, max_new_tokens=15, num_beams=4, do_sample=False, return_dict_in_generate=True,
+        output_scores=True, length_penalty=0.0,
+    )  # fmt: skip
+    logits = model(out.sequences, use_cache=False).logits[:, begin - 1 : -1].log_softmax(-1)
+    score = logits.gather(2, out.sequences[:, begin:, None]).sum((1, 2))
+    torch.testing.assert_close(out.sequences_scores, score, atol=1e-3, rtol=1e-4)

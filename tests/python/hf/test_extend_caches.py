@@ -8,9 +8,11 @@ from extend_models import (
     CLOSE,
     FAMILIES,
     TRAINED,
+    check_beams,
     growing,
     in_parts,
     make,
+    padded,
     reference_logits,
     streaming,
     tokens,
@@ -33,15 +35,6 @@ GROWING = {
     "dynamic_yarn": {"method": "yarn", "dynamic": True},
     "longrope": {"method": "longrope", "short_factor": [1.0] * 4, "long_factor": FACTORS},
 }
-
-
-def padded(lengths):
-    """Rows of these lengths, padded on the left, and each one alone."""
-    longest = max(lengths)
-    ids, mask = tokens(len(lengths), longest), torch.ones(len(lengths), longest, dtype=torch.int64)
-    for row, n in enumerate(lengths):
-        ids[row, : longest - n], mask[row, : longest - n] = 0, 0
-    return ids, mask, [ids[row : row + 1, longest - n :] for row, n in enumerate(lengths)]
 
 
 # ---- all of them
@@ -78,16 +71,9 @@ def test_generates_what_forwards_say(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_beams(kind):
-    """Beams reorder and repeat the cache; the scores of what they found are those of one pass."""
     model, ids = make(), tokens(2, 20)
     longspan.hf.extend_context(model, "linear", 2, **KINDS[kind])
-    out = model.generate(
-        ids, max_new_tokens=15, num_beams=4, do_sample=False, return_dict_in_generate=True,
-        output_scores=True, length_penalty=0.0,
-    )  # fmt: skip
-    logits = model(out.sequences, use_cache=False).logits[:, 19:-1].log_softmax(-1)
-    score = logits.gather(2, out.sequences[:, 20:, None]).sum((1, 2))
-    torch.testing.assert_close(out.sequences_scores, score, atol=1e-3, rtol=1e-4)
+    check_beams(model, ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)

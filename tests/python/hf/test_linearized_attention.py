@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from checks import assert_agree, assert_error_ratio, results, to
-from extend_models import CLOSE, in_parts, tokens
+from extend_models import CLOSE, check_beams, in_parts, padded, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_models import (
@@ -250,15 +250,8 @@ def test_generates_what_forwards_say(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_beams(kind):
-    """Beams reorder and repeat the cache; the scores of what they found are those of one pass."""
     model, _ = linear(kind=kind, layers=[0] if kind == "pure" else "all")
-    out = model.generate(
-        tokens(2, 20), max_new_tokens=15, num_beams=4, do_sample=False, return_dict_in_generate=True,
-        output_scores=True, length_penalty=0.0,
-    )  # fmt: skip
-    logits = model(out.sequences, use_cache=False).logits[:, 19:-1].log_softmax(-1)
-    score = logits.gather(2, out.sequences[:, 20:, None]).sum((1, 2))
-    torch.testing.assert_close(out.sequences_scores, score, atol=1e-3, rtol=1e-4)
+    check_beams(model, tokens(2, 20))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,12 +260,10 @@ def test_beams(kind):
 def test_left_padding(kind, layers):
     model, _ = linear(kind=kind, layers=layers)
     lengths = [40, 2, 31, 14]
-    ids, mask = tokens(4, 40), torch.ones(4, 40, dtype=torch.int64)
-    for row, n in enumerate(lengths):
-        ids[row, : 40 - n], mask[row, : 40 - n] = 0, 0
+    ids, mask, parts = padded(lengths)
     together = model.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False)
-    for row, n in enumerate(lengths):
-        alone = model.generate(ids[row : row + 1, 40 - n :], max_new_tokens=25, do_sample=False)
+    for row, (n, part) in enumerate(zip(lengths, parts)):
+        alone = model.generate(part, max_new_tokens=25, do_sample=False)
         assert torch.equal(together[row, 40:], alone[0, n:]), row
 
 
