@@ -5,10 +5,15 @@
 //     S [rows][keys]        = Q [rows][channels] K^T       a tile of 64 keys is turned in registers
 //     O [rows][channels]   += P [rows][keys] V             V as it lies
 //
-// Counted for 3 rows of 64 channels in float on a 512-bit machine: a key costs some 44 cycles to turn
-// and 40 to multiply and weigh, 85 for its 512 bytes; a core that reads 15 GB/s takes 125 for them. So
-// memory must never idle. A sequence's keys are shared out to as many tasks as fill a machine; the
-// parts are merged in order.
+// With AMX it is S^T that is multiplied, whose A is K as it lies, and S^T that is turned: 16 columns a
+// key instead of its channels.
+//
+// Counted for 3 rows of 64 channels on a 512-bit machine. Float: a key costs some 44 cycles to turn and
+// 40 to multiply and weigh, 85 for its 512 bytes; a core that reads 15 GB/s takes 125 for them. bfloat16
+// with AMX: 8 nanoseconds for its 256 bytes (3.3 the products and their turning, 1.8 the softmax, 2.9
+// the sum), where a core that reads 12 GB/s takes 21. So memory must never idle: the next tile is asked
+// for evenly all through this one, K and V in turn. A sequence's keys are shared out to as many tasks as
+// fill a machine; the parts are merged in order.
 
 #include "kernels/parallel.h"
 #include "kernels/softmax.h"
@@ -18,8 +23,12 @@ namespace longspan::LONGSPAN_ISA {
 namespace {
 
 constexpr int64_t kEnoughTasks = 64;  // constants: results must not depend on the machine
+constexpr int64_t kRunsOfThread = 4;  // of tasks; their number changes no result
 constexpr int64_t kLeastKeysPerSplit = 256;
 constexpr int64_t kKeyTile = 64;
+// Rows of the next tile that are asked for before each product, turning and sum of a row's weights. For
+// two or three rows of queries that leaves a third to the sum over V, a row every third token.
+constexpr int64_t kAsked = 4, kTokensOfAsk = 3;
 constexpr int64_t kFewRows = 512;  // to be merged without waking threads
 
 LS_INLINE int64_t first_key(const AttentionCache& c, int64_t b) {
@@ -35,6 +44,76 @@ LS_INLINE TokenRows cache_row(const AttentionParams& p, const AttentionCache& c,
   return rows_of(x, p.dtype, c.rows ? c.rows[b] : b, kv_head, slot);
 }
 
+/// out [rows][width] += weights [rows][tokens] V for V of bfloat16 as it lies: a word is an even and an
+/// odd channel, of which each becomes a float by one instruction, and sums of both are dealt out at the
+/// end. On AMX machines faster than vdpbf16ps, which they begin every other cycle.
+class WeightedSum {
+  static constexpr int L = kLanes<float>;
+
+ public:
+  const float* weights;
+  int64_t weights_row;
+  TokenRows v;
+  int64_t tokens;
+  Ahead& ahead;
+  float* out;
+  int64_t width;
+
+  static bool suits(Dtype dtype, int64_t channels) {
+    return dtype == Dtype::kBfloat16 && channels % (2 * L) == 0;
+  }
+
+  void add(int64_t rows, int64_t channels) const {
+    constexpr int kWords = kTileColumns / 2;
+    int64_t c = 0;
+    for (; c + 2 * L * kWords <= channels; c += 2 * L * kWords) column<4, kWords>(0, rows, c);
+    for (; c < channels; c += 2 * L) column<4, 1>(0, rows, c);
+  }
+
+ private:
+  template <int kRows, int kWords>
+  LS_INLINE void column(int64_t m, int64_t rows, int64_t c) const {
+    for (; m + kRows <= rows; m += kRows) tile<kRows, kWords>(m, c);
+    if constexpr (kRows > 1) column<kRows - 1, kWords>(m, rows, c);
+  }
+
+  template <int kRows, int kWords>
+  LS_INLINE void tile(int64_t m, int64_t c) const {
+    Vec<float> even[kRows][kWords] = {}, odd[kRows][kWords] = {};
+    const uint16_t* row = static_cast<const uint16_t*>(v.data) + c;
+    for (int64_t t = 0; t < tokens; ++t, row += v.stride) {
+      if (t % kTokensOfAsk == 0) ahead();
+      Vec<float> x[kWords], y[kWords];
+#pragma GCC unroll 2
+      for (int j = 0; j < kWords; ++j) {
+        Vec<uint32_t> words;
+        __builtin_memcpy(&words, row + 2 * L * j, sizeof words);
+        x[j] = bit_cast<float, uint32_t>(words << 16);
+        y[j] = bit_cast<float, uint32_t>(words & 0xffff0000u);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<float> w = broadcast(weights[(m + i) * weights_row + t]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kWords; ++j) {
+          even[i][j] = w * x[j] + even[i][j];
+          odd[i][j] = w * y[j] + odd[i][j];
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      float* const to = out + (m + i) * width + c;
+#pragma GCC unroll 2
+      for (int j = 0; j < kWords; ++j) {
+        float* const at = to + 2 * L * j;
+        store(at, load(at) + interleave_low<float>(even[i][j], odd[i][j]));
+        store(at + L, load(at + L) + interleave_high<float>(even[i][j], odd[i][j]));
+      }
+    }
+  }
+};
+
 template <class Dot>
 class Decode {
   using E = typename Dot::Element;
@@ -46,6 +125,8 @@ class Decode {
     width_ = round_up(p.value_channels, kLanes<T>);
     group_ = p.heads / p.kv_heads;
     rows_ = group_ * p.tokens;
+    columns_ = round_up(rows_, kLanes<T>);
+    in_place_ = WeightedSum::suits(p.dtype, p.value_channels);
     splits_ = max_of<int64_t>(1, min_of(ceil_div(kEnoughTasks, max_of<int64_t>(1, p.batch * p.kv_heads)),
                                         p.keys / kLeastKeysPerSplit));
   }
@@ -64,10 +145,17 @@ class Decode {
       Arena arena(parts.at(measure_part.used() * i));
       return lay_out_part(arena);
     };
-    parallel_for(tasks, threads, [&](int64_t i, int thread) {
+    // A thread takes several parts one after the other: there memory can be asked for ahead of the next.
+    const int64_t runs = min_of<int64_t>(tasks, threads * kRunsOfThread);
+    parallel_for(runs, threads, [&](int64_t run, int thread) {
       Arena arena(scratch.at(measure.used() * thread));
-      const int64_t head = i / splits_;
-      attend(head / p_.kv_heads, head % p_.kv_heads, i % splits_, part(i), lay_out(arena));
+      const Workspace w = lay_out(arena);
+      const int64_t end = tasks * (run + 1) / runs;
+      for (int64_t i = tasks * run / runs; i < end; ++i) {
+        const int64_t head = i / splits_, split = i % splits_;
+        const bool goes_on = i + 1 < end && split + 1 < splits_;
+        attend(head / p_.kv_heads, head % p_.kv_heads, split, goes_on, part(i), w);
+      }
     });
     parallel_for(heads, heads * rows_ < kFewRows ? 1 : threads, [&](int64_t i, int) {
       for (int64_t row = 0; row < rows_; ++row) {
@@ -77,16 +165,24 @@ class Decode {
   }
 
  private:
+#if defined(LONGSPAN_AMX)
+  static constexpr bool kByKey = Dot::kDepth == 2;
+#else
+  static constexpr bool kByKey = false;
+#endif
+
   struct Part {
     T *maximum, *sum;  ///< [rows]
-    T* out;            ///< [rows][width]
+    T* out;  ///< [rows][width]
   };
   struct Workspace {
-    E* queries;     ///< [rows][depth]
-    E* keys;        ///< K^T [depth][kKeyTile]
-    E* values;      ///< copies of V, where memory does not have the form
-    T* scores;      ///< [rows][kKeyTile]
-    E* weights;     ///< the same rounded, in pairs of keys; DotBf16 only
+    E* queries;  ///< [rows][depth]
+    E* turned;  ///< Q^T [depth][columns]; kByKey only
+    E* keys;  ///< K^T [depth][kKeyTile]; kByKey: copies of K, where memory does not have the form
+    E* values;  ///< copies of V, likewise
+    T* by_key;  ///< S^T [kKeyTile][columns]; kByKey only
+    T* scores;  ///< [rows][kKeyTile]; kByKey: [columns][kKeyTile]
+    E* weights;  ///< the same rounded, in pairs of keys; DotBf16 only
   };
 
   Part lay_out_part(Arena& arena) const {
@@ -100,9 +196,11 @@ class Decode {
   Workspace lay_out(Arena& arena) const {
     Workspace w;
     w.queries = arena.take<E>(rows_ * depth_);
+    w.turned = arena.take<E>(kByKey ? depth_ * columns_ : 0);
     w.keys = arena.take<E>(depth_ * kKeyTile);
     w.values = arena.take<E>(kKeyTile * width_);
-    w.scores = arena.take<T>(rows_ * kKeyTile);
+    w.by_key = arena.take<T>(kByKey ? kKeyTile * columns_ : 0);
+    w.scores = arena.take<T>((kByKey ? columns_ : rows_) * kKeyTile);
     w.weights = arena.take<E>(Dot::kDepth == 2 ? rows_ * kKeyTile / 2 : 0);
     return w;
   }
@@ -121,9 +219,14 @@ class Decode {
         store_first(w.queries + r * depth_ + i, load_channels<Dot>(q, 0, i, n), n);
       }
     }
+    if constexpr (kByKey) {
+      transposed<Dot>({w.queries, p_.dtype, 2 * depth_}, rows_, 2 * depth_, w.turned, columns_);
+    }
   }
 
-  void attend(int64_t b, int64_t kv_head, int64_t split, const Part& part, const Workspace& w) const {
+  /// goes_on: the next split follows at once.
+  void attend(int64_t b, int64_t kv_head, int64_t split, bool goes_on, const Part& part,
+              const Workspace& w) const {
     for (int64_t r = 0; r < rows_; ++r) {
       part.maximum[r] = -kInfinity<T>;
       part.sum[r] = T(0);
@@ -134,52 +237,53 @@ class Decode {
     const int64_t sink_end = min_of(first + p_.sink_tokens, length);
     load_queries(b, kv_head, w);
     // Sinks before the window belong to the first split; the rest is cut in whole tiles.
-    if (split == 0) span(b, kv_head, first, min_of(sink_end, low), part, w);
+    if (split == 0) span(b, kv_head, first, min_of(sink_end, low), low, part, w);
     const int64_t tiles = ceil_div(max_of<int64_t>(0, length - low), kKeyTile);
     const int64_t begin = low + tiles * split / splits_ * kKeyTile;
     const int64_t end = min_of(length, low + tiles * (split + 1) / splits_ * kKeyTile);
-    span(b, kv_head, begin, end, part, w);
+    span(b, kv_head, begin, end, goes_on ? length : end, part, w);
   }
 
-  void span(int64_t b, int64_t kv_head, int64_t begin, int64_t end, const Part& part,
+  /// Keys below `known` may be asked for.
+  void span(int64_t b, int64_t kv_head, int64_t begin, int64_t end, int64_t known, const Part& part,
             const Workspace& w) const {
     for (int64_t k0 = begin; k0 < end;) {
       int64_t k1 = min_of(k0 + kKeyTile, end);
       if (c_.block_table) k1 = min_of(k1, (k0 / c_.page + 1) * c_.page);
-      tile(b, kv_head, k0, k1, end, part, w);
+      tile(b, kv_head, k0, k1, known, part, w);
       k0 = k1;
     }
   }
 
-  void tile(int64_t b, int64_t kv_head, int64_t k0, int64_t k1, int64_t end, const Part& part,
+  void tile(int64_t b, int64_t kv_head, int64_t k0, int64_t k1, int64_t known, const Part& part,
             const Workspace& w) const {
     constexpr int L = kLanes<T>;
     const int64_t keys = k1 - k0, columns = round_up(keys, L);
     const TokenRows k = cached(p_.k, b, kv_head, k0), v = cached(p_.v, b, kv_head, k0);
-    // The next tile is asked for a few rows at a time, all through this one: a burst would stall on
-    // the few misses that a core can have open, and between bursts memory would idle.
-    int64_t asked = keys;
-    const int64_t last = c_.block_table ? 0 : min_of(end - k0, keys + kKeyTile);
-    const auto ask = [&](int64_t rows) {
-      rows = min_of(rows, last - asked);
-      prefetch(k.from(asked), rows, p_.channels);
-      prefetch(v.from(asked), rows, p_.value_channels);
-      asked += max_of<int64_t>(rows, 0);
-    };
-    for (int64_t t = 0; t < keys; t += L) {
-      ask(L / 2);
-      transposed<Dot>(k.from(t), min_of<int64_t>(keys - t, L), p_.channels, w.keys + t, kKeyTile);
+    // The next tile is asked for all through this one.
+    const int64_t size = size_of(p_.dtype);
+    const int64_t lines = ceil_div(p_.channels * size, 64) + ceil_div(p_.value_channels * size, 64);
+    Ahead ahead(lines);
+    if (!c_.block_table) {
+      const int64_t more = min_of(known - k1, kKeyTile);
+      ahead.add(k.from(keys), more, p_.channels);
+      ahead.add(v.from(keys), more, p_.value_channels);
     }
-    ask(kKeyTile / 4);
-    Product<Dot>{w.queries, depth_, 1, w.keys, kKeyTile, w.scores, kKeyTile}
-        .template run_as<Start::kZero, false, true>(rows_, columns, depth_);
-    ask(kKeyTile / 8);
+    const auto ask = [&](int64_t rows) LS_INLINE_LAMBDA { ahead.ask(rows * lines); };
+    score(k, keys, columns, w, ask);
     bool visible = true;
-    for (int64_t r = 0; r < rows_; ++r) visible &= softmax(b, kv_head, r, k0, keys, columns, part, w);
-    ask(kKeyTile);
+    for (int64_t r = 0; r < rows_; ++r) {
+      visible &= softmax(b, kv_head, r, k0, keys, columns, part, w);
+      ask(kAsked);
+    }
+    if constexpr (sizeof(T) == 4) {
+      if (visible && in_place_) {
+        const WeightedSum sum{w.scores, kKeyTile, v, keys, ahead, part.out, width_};
+        return sum.add(rows_, p_.value_channels);
+      }
+    }
+    ahead.ask_all();
 
-    const Operand<Dot> vt = by_token<Dot>(v, keys, p_.value_channels, true, w.values);
-    const int64_t depth = ceil_div(keys, Dot::kDepth);
     const E* weights;
     if constexpr (Dot::kDepth == 1) {
       weights = w.scores;
@@ -187,11 +291,42 @@ class Decode {
       for (int64_t i = 0; i < rows_ * kKeyTile; i += L) store_bf16(w.weights, i, load(w.scores + i));
       weights = w.weights;
     }
+    const Operand<Dot> vt = by_token<Dot>(v, keys, p_.value_channels, true, w.values);
+    const int64_t depth = ceil_div(keys, Dot::kDepth);
     const Product<Dot> product{weights, kKeyTile / Dot::kDepth, 1, vt.data, vt.stride, part.out, width_};
     if (visible || all_finite<Dot>(vt, depth, p_.value_channels)) {
       product.template run_as<Start::kAccumulate, false, true>(rows_, width_, depth);
     } else {
       product.template run_as<Start::kAccumulate, true, true>(rows_, width_, depth);
+    }
+  }
+
+  /// Raw products of a tile. `ask`: see tile.
+  template <class Ask>
+  LS_INLINE void score(TokenRows k, int64_t keys, int64_t columns, const Workspace& w,
+                       const Ask& ask) const {
+    constexpr int L = kLanes<T>;
+    if constexpr (kByKey) {
+      const Operand<Dot> rows = by_channel<Dot>(k, keys, p_.channels, w.keys);
+      for (int64_t t = 0; t < keys; t += L) {
+        ask(kAsked);
+        Product<Dot>{rows.data + t * rows.stride, rows.stride, 1, w.turned, columns_,
+                     w.by_key + t * columns_,     columns_}
+            .template run_as<Start::kZero, false, true>(min_of<int64_t>(keys - t, L), columns_, depth_);
+      }
+      for (int64_t t = 0; t < keys; t += L) {
+        ask(kAsked);
+        transposed<DotFloat>({w.by_key + t * columns_, Dtype::kFloat, columns_},
+                             min_of<int64_t>(keys - t, L), columns_, w.scores + t, kKeyTile);
+      }
+    } else {
+      for (int64_t t = 0; t < keys; t += L) {
+        ask(L / 2);
+        transposed<Dot>(k.from(t), min_of<int64_t>(keys - t, L), p_.channels, w.keys + t, kKeyTile);
+      }
+      ask(kKeyTile / 4);
+      Product<Dot>{w.queries, depth_, 1, w.keys, kKeyTile, w.scores, kKeyTile}
+          .template run_as<Start::kZero, false, true>(rows_, columns, depth_);
     }
   }
 
@@ -253,13 +388,18 @@ class Decode {
     const T reference = greatest == -kInfinity<T> ? T(0) : greatest;
     const auto power = [&](T x) { return exp2_nonpositive<T>(broadcast(x - reference))[0]; };
     T sum = power(sink);
-    for (int64_t s = 0; s < splits_; ++s) sum += part(s).sum[r] * power(part(s).maximum[r]);
+    for (int64_t s = 0; s < splits_; ++s) {
+      const Part of = part(s);
+      of.maximum[r] = power(of.maximum[r]);  // from here on what its sums count for
+      sum += of.sum[r] * of.maximum[r];
+    }
     const T inverse = sum == T(0) ? T(0) : T(1) / sum;
     const TokenRows out = rows_of(p_.out, p_.dtype, b, head, t);
     for (int64_t c = 0; c < width_; c += kLanes<T>) {
       Vec<T> x = {};
       for (int64_t s = 0; s < splits_; ++s) {
-        x += load(part(s).out + r * width_ + c) * power(part(s).maximum[r]);
+        const Part of = part(s);
+        x += load(of.out + r * width_ + c) * of.maximum[r];
       }
       store_as<T>(const_cast<void*>(out.data), p_.dtype, c, x * inverse, p_.value_channels - c);
     }
@@ -270,7 +410,8 @@ class Decode {
 
   const AttentionParams& p_;
   const AttentionCache& c_;
-  int64_t depth_, width_, group_, rows_, splits_;
+  int64_t depth_, width_, group_, rows_, columns_, splits_;
+  bool in_place_;
 };
 
 /// Copies a row, rotated by its position where cos is given.

@@ -172,6 +172,8 @@ class Prompts:
         self._filler = self._tokens(filler)
         if not self._filler:
             raise CommandError("--document: expected a text with tokens in it, got an empty one")
+        # A key inside of a line is no sentence of its own, and a small model stumbles over it.
+        self._line_ends = {i for i in set(self._filler) if tokenizer.decode([i]).endswith("\n")}
 
     @property
     def least(self) -> int:
@@ -184,14 +186,17 @@ class Prompts:
 
         Args:
             length: Tokens of both.
-            depth: Where in the filler the key stands, 0 at its begin, 1 at its end.
+            depth: Where in the filler the key stands, 0 at its begin, 1 at its end; between two lines.
             key: Digits.
         """
         needle = self._tokens(_NEEDLE.format(key=key))
         answer = self._tokens(f" {key}")
         filler = length - len(self._task) - len(needle) - len(self._question) - len(answer)
-        text = (self._filler * (filler // len(self._filler) + 1))[:filler]
-        place = round(depth * filler)
+        copies = -(-filler // len(self._filler))
+        text = self._filler * copies
+        text = text[:filler] if copies == 1 else text[-filler:]  # whole lines at the end
+        breaks = [0, *(i for i, token in enumerate(text, 1) if token in self._line_ends), filler]
+        place = min(breaks, key=lambda i: abs(i - depth * filler))
         parts = self._task + text[:place] + needle + text[place:] + self._question + answer
         return torch.tensor([parts]), answer
 

@@ -250,8 +250,11 @@ def test_passkey(folder, tmp_path, capsys, monkeypatch):
         assert key.isdigit()
         assert f"The pass key is {key}. Remember it. {key} is the pass key." in text
         assert text.endswith(f"What is the pass key? The pass key is {key}")
-        begin = text.index("The pass key is") / len(text)
-        assert begin == pytest.approx(0.3 + row["depth"] * 0.4, abs=0.15)
+        begin = text.index("The pass key is")
+        assert text[begin - 1] == "\n"  # a line of its own, at the place nearest to what is asked
+        filler = (text.index("there.\n") + 7, text.index("\nWhat is") - 60)
+        place = filler[0] + row["depth"] * (filler[1] - filler[0])
+        assert begin == pytest.approx(place, abs=len(passkey._FILLER) / 2 + 3)
     keys = [text[-5:] for text, _, _ in asked]
     assert len(set(keys)) == 6
     assert keys[:6] == keys[6:12]  # the same ones for each method
@@ -311,6 +314,8 @@ def test_passkey_names_bad_input(folder, tmp_path, capsys, options, message):
 
 
 def run_search(folder, document, out, *options):
+    if "--simple" not in options and "--worse" not in options:
+        options = (*options, "--worse", "inf")
     return command(
         "rope search", folder, out, "--document", str(document), "--length", "600", "--from",
         "300", "--scored", "50", "--population", "8", "--generations", "2", *options,
@@ -409,6 +414,28 @@ def test_search_begins_where_another_ended(folder, long_document, tmp_path, caps
     assert "--out: expected" in capsys.readouterr().err
 
 
+def test_short_text_stays_as_good_as_asked_for(folder, long_document, tmp_path, capsys):
+    options = ("--short", "200", "--worse", "0.001", "--generations", "1")
+    assert run_search(folder, long_document, tmp_path / "s", *options) == 0
+    report = read(tmp_path / "s" / "search.json")
+    limit = report["settings"]["greatest_attention"]
+    assert 1 < limit < 1.03
+    assert max(row["attention_factor"] for row in report["rows"]) == limit
+    assert f"Attention factors up to {limit:.4f} leave 200 tokens within" in capsys.readouterr().err
+    # The same tokens by the command that scores: the second half of the first 200 of the piece.
+    factors = tmp_path / "limit.json"
+    found = read(tmp_path / "s" / "rope_parameters.json")
+    factors.write_text(json.dumps({**found, "attention_factor": limit}))
+    status = command(
+        "perplexity", folder, tmp_path / "p", "--document", str(long_document), "--methods",
+        "none,longrope", "--factors", str(factors), "--lengths", "200", "--scored", "100", "--end",
+        "500",
+    )  # fmt: skip
+    assert status == 0
+    plain, limited = (row["perplexity"] for row in read(tmp_path / "p" / "perplexity.json")["rows"])
+    assert plain < limited <= plain * (1 + 0.001 / 100) * (1 + 1e-6)
+
+
 def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
     options = ("--simple", "--yarn-factors", "2,4", "--temperatures", "1,1.05,1.1")
     assert run_search(folder, long_document, tmp_path, *options) == 0
@@ -437,6 +464,9 @@ def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
         (["--yarn-factors", "2"], "--yarn-factors and --temperatures: expected with --simple alone"),
         (["--simple", "--yarn-factors", "0.5"], "--yarn-factors: expected 1 or more, got 0.5"),
         (["--yarn-factors", "-1"], "expected numbers above 0"),
+        (["--worse", "-1"], "--worse: expected 0 or more, got -1"),
+        (["--simple", "--worse", "1"], "--short and --worse: expected without --simple"),
+        (["--short", "301"], "--short: expected 2 or more, and no more than --length and the trained"),
     ],
 )
 def test_search_names_bad_input(folder, long_document, tmp_path, capsys, monkeypatch, options, message):
