@@ -61,7 +61,9 @@ from longspan.rope.search import (
     starting_points,
 )
 
-_WORSE = 1.5  # less than the 2 that are aimed at: other text than the searched one is judged
+# Half of what is aimed at, 2 %: another text is judged than the one that is searched on.
+_WORSE = 1.0
+_SHORT_PIECES = 4
 _MORE_ATTENTION = 1.05  # times the greatest attention factor of those that a search begins with
 _ROOM = 2.0  # times the factor of lengths, up to which a pair's factor may go
 
@@ -184,9 +186,14 @@ def run(args: argparse.Namespace) -> int:
 def _short_loss(
     model: Any, parameters: dict[str, Any], piece: Tensor, space: "_Space", args: argparse.Namespace
 ) -> float:
-    """Of the second half of --short tokens."""
+    """Of the later three quarters of a few pieces of --short tokens."""
+    pieces = piece.split(space.short, dim=1)
+    pieces = [piece for piece in pieces if piece.shape[1] == space.short]
+    pieces = pieces[:: -(-len(pieces) // _SHORT_PIECES)]
+    scored = space.short - max(1, space.short // 4)
     with _extended(model, parameters, args.attention):
-        return last_losses(model, piece[:, : space.short], space.short // 2).mean().item()
+        losses = [last_losses(model, piece, scored).mean().item() for piece in pieces]
+    return sum(losses) / len(losses)
 
 
 def _extended(model: Any, parameters: dict[str, Any], attention: str) -> Any:

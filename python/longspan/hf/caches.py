@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from longspan.hf._pass import Extension, Pass
+from longspan.ops._memory import empty_to_keep
 
 
 class _Room:
@@ -34,7 +35,8 @@ class _Room:
             return torch.cat([rows, new], dim=2)
         begin, end = rows.shape[2], rows.shape[2] + new.shape[2]
         if not self._holds(rows, end):
-            self.memory = new.new_empty(*new.shape[:2], max(64, end + end // 2), new.shape[3])
+            shape = (*new.shape[:2], max(64, end + end // 2), new.shape[3])
+            self.memory = empty_to_keep(shape, new.dtype, new.device)
             self.memory[:, :, :begin] = rows
         assert self.memory is not None
         self.memory[:, :, begin:end] = new
@@ -187,7 +189,8 @@ class _Tail:
             or memory.shape[:2] != new.shape[:2]
             or (memory.is_inference() and not torch.is_inference_mode_enabled())
         ):
-            memory = self._memory = new.new_empty(*new.shape[:2], 4 * self.most + 64, new.shape[3])
+            shape = (*new.shape[:2], 4 * self.most + 64, new.shape[3])
+            memory = self._memory = empty_to_keep(shape, new.dtype, new.device)
         elif self._begin + rows <= memory.shape[2]:
             return self._begin
         # At the end of the memory kept rows lie behind twice as many others: they do not overlap.

@@ -15,6 +15,7 @@ from longspan.ops._checks import (
     check_shape,
     check_tensor,
 )
+from longspan.ops._memory import empty_to_keep
 from longspan.ops.attention import attention, attention_decode, attention_varlen
 
 Rotary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -67,8 +68,8 @@ class KVCache:
         shape = (batch_size, num_kv_heads, max_length, head_dim)
         for label, size in zip(("batch_size", "num_kv_heads", "max_length", "head_dim"), shape):
             check_positive("KVCache", label, size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = empty_to_keep(shape, dtype, device).zero_()
+        self.v = empty_to_keep(shape, dtype, device).zero_()
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property

@@ -19,6 +19,7 @@ def model_folder(tmp_path_factory):
         tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

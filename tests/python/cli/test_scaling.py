@@ -229,15 +229,14 @@ def test_passkey(folder, tmp_path, capsys, monkeypatch):
     asked = []
 
     def knows_the_end(model, ids, answer):
-        text = bytes_of(ids)
+        text = text_of(ids)
         asked.append((text, len(ids[0]), model.config.rope_parameters["rope_type"]))
         return text.index("The pass key is") > 300
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
-    def bytes_of(ids):
-        text = "".join(tokenizer.convert_ids_to_tokens(ids[0].tolist()))
-        return text.replace("Ġ", " ").replace("Ċ", "\n")  # as ByteLevel writes them
+    def text_of(ids):
+        return tokenizer.decode(ids[0].tolist())
 
     monkeypatch.setattr(passkey, "retrieved", knows_the_end)
     assert run_passkey(folder, tmp_path, "--methods", "none,yarn") == 0
@@ -414,26 +413,25 @@ def test_search_begins_where_another_ended(folder, long_document, tmp_path, caps
     assert "--out: expected" in capsys.readouterr().err
 
 
-def test_short_text_stays_as_good_as_asked_for(folder, long_document, tmp_path, capsys):
-    options = ("--short", "200", "--worse", "0.001", "--generations", "1")
-    assert run_search(folder, long_document, tmp_path / "s", *options) == 0
-    report = read(tmp_path / "s" / "search.json")
+def test_short_text_stays_as_good_as_asked_for(folder, long_document, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def last_losses(model, tokens, scored):
+        parameters = model.config.rope_parameters
+        asked.append((tokens.shape[1], scored, set(parameters["short_factor"])))
+        return torch.tensor([2 + 10 * (parameters["attention_factor"] - 1) ** 2] * scored)
+
+    monkeypatch.setattr(rope_command, "last_losses", last_losses)
+    options = ("--short", "200", "--worse", "1", "--generations", "1")
+    assert run_search(folder, long_document, tmp_path, *options) == 0
+    report = read(tmp_path / "search.json")
     limit = report["settings"]["greatest_attention"]
-    assert 1 < limit < 1.03
+    assert limit == pytest.approx(1 + math.sqrt(math.log(1.01) / 10), abs=2e-3)
     assert max(row["attention_factor"] for row in report["rows"]) == limit
-    assert f"Attention factors up to {limit:.4f} leave 200 tokens within" in capsys.readouterr().err
-    # The same tokens by the command that scores: the second half of the first 200 of the piece.
-    factors = tmp_path / "limit.json"
-    found = read(tmp_path / "s" / "rope_parameters.json")
-    factors.write_text(json.dumps({**found, "attention_factor": limit}))
-    status = command(
-        "perplexity", folder, tmp_path / "p", "--document", str(long_document), "--methods",
-        "none,longrope", "--factors", str(factors), "--lengths", "200", "--scored", "100", "--end",
-        "500",
-    )  # fmt: skip
-    assert status == 0
-    plain, limited = (row["perplexity"] for row in read(tmp_path / "p" / "perplexity.json")["rows"])
-    assert plain < limited <= plain * (1 + 0.001 / 100) * (1 + 1e-6)
+    # Three pieces each: unscaled, the greatest one, the bisection.
+    assert asked[: 3 * 8] == [(200, 150, {1.0})] * 3 * 8
+    assert {what for what, *_ in asked[3 * 8 :]} == {600}
+    assert f"Attention factors up to {limit:.4f} leave 200 tokens within 1 %" in capsys.readouterr().err
 
 
 def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
