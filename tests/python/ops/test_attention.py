@@ -87,6 +87,30 @@ def test_options(isa: str, name: str, dtype: torch.dtype) -> None:
     assert_agree(found, results(lambda **x: expected(**x, **options), to(torch.float64, tensors)))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+@pytest.mark.parametrize("name", [*OPTIONS, "ranges that end with the queries"])
+def test_few_queries_over_many_keys(isa: str, name: str, tokens: int) -> None:
+    """Up to 8 run as decoding does where it knows the options; log-sum-exp and gradients fit that."""
+    ends = torch.tensor([290, 257])
+    at_the_end = torch.stack([torch.tensor([3, 0]), ends, ends - tokens], dim=1)
+    options = OPTIONS.get(name, {"key_ranges": at_the_end, "window": (200, 0), "sink_tokens": 2})
+    tensors = heads(2, 4, 2, tokens, 300, 24, 16)
+    tensors["sinks"] = torch.randn(4, dtype=torch.float64)
+    for dtype in FLOATS:
+        found = results(lambda **x: actual(**x, **options), to(dtype, tensors))
+        assert_agree(found, results(lambda **x: expected(**x, **options), tensors))
+
+
+@pytest.mark.parametrize("name", ["all keys", "causal", "sink tokens", "softcap", "alibi"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error_of_few_queries(dtype: torch.dtype, tokens: int, name: str) -> None:
+    options, tensors = OPTIONS[name], heads(8, 4, 2, tokens, 700, 64)
+    assert_error_ratio(
+        lambda **x: longspan.attention(**x, **options), lambda **x: plain(**x, **options), tensors, dtype
+    )
+
+
 @pytest.mark.parametrize("name", ["all keys", "causal", "sink tokens", "softcap", "alibi"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("length", "size"), lengths_with_head_sizes())
