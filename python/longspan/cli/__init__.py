@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import longspan
 from longspan.cli._errors import CommandError
+from longspan.cli._memory import keep_freed_memory
 
 
 def _subcommands() -> list[str]:
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         longspan.cli.main(["info"])
     """
     args = _parser().parse_args(argv)
+    if argv is None:  # the process is this command's
+        keep_freed_memory()
     try:
         return args.run(args)
     except CommandError as error:

@@ -1,10 +1,26 @@
-"""The peak of the process's resident memory during a piece of work."""
+"""The process's memory: what is kept of it, and its peak during a piece of work."""
 
 import ctypes
 import gc
 import sys
 import threading
 from types import TracebackType
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed for what is asked for next; whether it does.
+
+    By default a tensor of some megabytes gets new memory, which goes back to the system with it, and
+    the system clears every page anew: a fifth of the time of a pass over 16384 tokens. What
+    ``MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0`` in the environment says, for this process.
+
+    Example::
+
+        keep_freed_memory()
+    """
+    trim_threshold, mmap_max = -1, -4  # glibc's names are M_TRIM_THRESHOLD and M_MMAP_MAX
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 class PeakMemory:
