@@ -178,7 +178,7 @@ class Backward {
         if (!p_.b_varies) shape_.load_channels(p_.B, g, T(1), w.b);
         if (!p_.c_varies) shape_.load_channels(p_.C, g, kOutputFactor<N>, w.c);
         shape_.recall(piece.chunk + i, g, w.h);
-        Ahead<T> ahead(steps, g.lanes, 2 * ceil_div(p_.states, kBlock));
+        StepsAhead<T> ahead(steps, g.lanes, 2 * ceil_div(p_.states, kBlock));
         const auto at = [&](const ScanTensor& x, LaneGroup of, int64_t from) {
           return channel_rows(x, batch).from(of.channel, from);
         };
@@ -229,7 +229,7 @@ class Backward {
   }
 
   /// One chunk of one lane group; w.h holds the state before it, e what comes back from after it.
-  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, T* e, T* sums, Ahead<T>& ahead,
+  void chunk(int64_t batch, LaneGroup g, int64_t t, int64_t steps, T* e, T* sums, StepsAhead<T>& ahead,
              const Workspace& w) const {
     load_chunk(batch, g, t, steps, w);
     load_steps<T>(channel_rows(p_.u, batch).from(g.channel, t), g.lanes, steps, w.u, L);
@@ -254,13 +254,13 @@ class Backward {
   /// K states: forward again, then back.
   template <int K, class B, class C>
   LS_INLINE void block(const Workspace& w, B b, C c, T* e, T* sums, int64_t n0, int64_t steps,
-                       Ahead<T>& ahead) const {
+                       StepsAhead<T>& ahead) const {
     p_.z.data ? replay<K, true>(w, b, c, n0, steps, ahead) : replay<K, false>(w, b, c, n0, steps, ahead);
     reverse<K>(w, b, c, e, sums, n0, steps, ahead);
   }
 
   template <int K, bool kOutput, class B, class C>
-  static void replay(const Workspace& w, B b, C c, int64_t n0, int64_t steps, Ahead<T>& ahead) {
+  static void replay(const Workspace& w, B b, C c, int64_t n0, int64_t steps, StepsAhead<T>& ahead) {
     N h[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
@@ -285,7 +285,7 @@ class Backward {
 
   template <int K, class B, class C>
   void reverse(const Workspace& w, B b, C c, T* e_all, T* sums, int64_t n0, int64_t steps,
-               Ahead<T>& ahead) const {
+               StepsAhead<T>& ahead) const {
     N e[K], da[K], db[K], dc[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {

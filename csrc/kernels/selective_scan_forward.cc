@@ -249,7 +249,7 @@ class Forward {
       const int64_t steps = min_of(shape_.chunk, piece.end - t);
       if (p_.chunk_states && !from_zero) shape_.keep(w.h, chunk_index, g, 0, p_.states);
       sum += make_ready(piece, g, t, steps, w);
-      Ahead<T> ahead(steps, g.lanes, ceil_div(p_.states, kBlock));
+      StepsAhead<T> ahead(steps, g.lanes, ceil_div(p_.states, kBlock));
       if (t + steps < piece.end) {
         ahead.read(rows(p_.u, piece, g, t + steps));
         ahead.read(rows(p_.delta, piece, g, t + steps));
@@ -274,7 +274,7 @@ class Forward {
     for (int64_t t = first; t < end; t += shape_.chunk, ++chunk_index) {
       const int64_t steps = min_of(shape_.chunk, end - t);
       if (p_.chunk_states) shape_.keep(w.h, chunk_index, g, n0, n1);
-      Ahead<T> nothing(steps, g.lanes, 1);
+      StepsAhead<T> nothing(steps, g.lanes, 1);
       advance_chunk(piece, g, t, n0, n1, steps, nothing, w);
       w.step += steps * L, w.step_u += steps * L, w.y += steps * L;
     }
@@ -284,7 +284,7 @@ class Forward {
 
   /// States [n0, n1) through the chunk at step t.
   LS_INLINE void advance_chunk(const Piece& piece, LaneGroup g, int64_t t, int64_t n0, int64_t n1,
-                               int64_t steps, Ahead<T>& ahead, const Workspace& w) const {
+                               int64_t steps, StepsAhead<T>& ahead, const Workspace& w) const {
     const int64_t at = coefficients_of(piece, g, t);
     with_coefficients<N>(p_, p_.b_varies ? b_ + at : w.b, p_.c_varies ? c_ + at : w.c, shape_.row,
                          [&](auto b, auto c) { advance_all(w, b, c, w.y, n0, n1, steps, ahead); });
@@ -293,7 +293,7 @@ class Forward {
   /// States [n0, n1) through a chunk, in blocks that registers hold.
   template <class B, class C>
   LS_INLINE void advance_all(const Workspace& w, B b, C c, T* y, int64_t n0, int64_t n1, int64_t steps,
-                             Ahead<T>& ahead) const {
+                             StepsAhead<T>& ahead) const {
     int64_t n = n0;
     if constexpr (N::kParts == 1 && B::kVaries && C::kVaries) {
       for (; n + kBlock <= n1; n += kBlock) advance<kBlock>(w, b, c, y, n, steps, ahead);
@@ -306,7 +306,7 @@ class Forward {
 
   template <int K, class B, class C>
   static void advance(const Workspace& w, B b, C c, T* __restrict__ y, int64_t n0, int64_t steps,
-                      Ahead<T>& ahead) {
+                      StepsAhead<T>& ahead) {
     N h[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) h[k] = load_state<N>(w.h, n0 + k);

@@ -278,12 +278,13 @@ LS_INLINE void store_steps(const T* in, Rows x, int64_t rows, int64_t steps) {
 /// will write. Sixteen rows in as many pages are more than the processor foresees by itself; waiting
 /// for them was a quarter of the time, and asked for at once they are more than it keeps track of.
 template <class T>
-class Ahead {
+class StepsAhead {
   static constexpr int L = kLanes<T>;
 
  public:
   /// For chunks of so many steps and lanes; touch() will be called `calls` times a step.
-  Ahead(int64_t steps, int64_t lanes, int64_t calls) : steps_(steps), lanes_(lanes), calls_(calls) {}
+  StepsAhead(int64_t steps, int64_t lanes, int64_t calls)
+      : steps_(steps), lanes_(lanes), calls_(calls) {}
 
   void read(Rows x) { add(x, false); }
   void write(Rows x) { add(x, true); }

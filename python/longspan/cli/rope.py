@@ -5,10 +5,10 @@
 
 `search` looks for LongRoPE's factors by evolution (Ding et al. 2024): one a pair of channels, none less
 than the one before it, and the factor of cosine and sine. It begins with YaRN, NTK and position
-interpolation. With --simple it tries a grid over YaRN's factor and temperature instead.
+interpolation, so that on its own tokens it ends no worse than these. With --simple it tries a grid over
+YaRN's factor and temperature instead.
 
-LongRoPE multiplies cosine and sine at every length, short ones too. So that factor goes no further than
-makes the perplexity of --short tokens --worse per cent worse, measured first on the same text.
+Up to the trained length nothing changes: short_factor and short_mscale are 1.
 
 A search is best begun where another one ended: with --start, such as at what --simple found, or at what
 was found for half the length.
@@ -24,9 +24,7 @@ same options; with more --generations it goes on beyond.
 import argparse
 import dataclasses
 import hashlib
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +50,8 @@ from longspan.cli._scaling import (
     trained_length,
 )
 from longspan.cli._scoring import END, last_losses, layer_progress
-from longspan.rope.search import (
-    Candidate,
-    as_candidate,
-    attention_limit,
-    evolve,
-    grid,
-    starting_points,
-)
+from longspan.rope.search import Candidate, as_candidate, evolve, grid, starting_points
 
-# Half of what is aimed at, 2 %: another text is judged than the one that is searched on.
-_WORSE = 1.0
-_SHORT_PIECES = 4
-_MORE_ATTENTION = 1.05  # times the greatest attention factor of those that a search begins with
 _ROOM = 2.0  # times the factor of lengths, up to which a pair's factor may go
 
 
@@ -101,11 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start", type=Path, nargs="+", default=[], metavar="FILE",
         help="rope_parameters to begin with instead, such as an earlier search found",
     )  # fmt: skip
-    add("--short", "tokens of short text; default: half of the trained length", parse_length)
-    kind.add_argument(
-        "--worse", type=float, metavar="X",
-        help=f"per cent by which short text may be worse, inf: no limit; default: {_WORSE:g}",
-    )  # fmt: skip
     add("--population", "candidates of a generation", default=8)
     add("--parents", "of them that stay; default: half")
     add("--generations", "after the first", default=5)
@@ -140,8 +122,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"Loading {pretrained.label} in {args.dtype} ...", file=sys.stderr)
     model = pretrained.load(DTYPES[args.dtype])
     space = _Space(model, args)
-    if not args.simple:
-        space.limit_attention(lambda parameters: _short_loss(model, parameters, pieces[0], space, args))
     report = Report(
         args.out / "search.json",
         {
@@ -183,19 +163,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _short_loss(
-    model: Any, parameters: dict[str, Any], piece: Tensor, space: "_Space", args: argparse.Namespace
-) -> float:
-    """Of the later three quarters of a few pieces of --short tokens."""
-    pieces = piece.split(space.short, dim=1)
-    pieces = [piece for piece in pieces if piece.shape[1] == space.short]
-    pieces = pieces[:: -(-len(pieces) // _SHORT_PIECES)]
-    scored = space.short - max(1, space.short // 4)
-    with _extended(model, parameters, args.attention):
-        losses = [last_losses(model, piece, scored).mean().item() for piece in pieces]
-    return sum(losses) / len(losses)
-
-
 def _extended(model: Any, parameters: dict[str, Any], attention: str) -> Any:
     """The model with these ``rope_parameters``, as a context."""
     from longspan.hf import extend_context
@@ -215,10 +182,6 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(f"--scored: expected less than --length, {args.length}, got {args.scored}")
     if args.simple and args.start:
         raise CommandError("--start: expected without --simple, which begins with nothing")
-    if args.simple and (args.short is not None or args.worse is not None):
-        raise CommandError("--short and --worse: expected without --simple, which does not look at them")
-    if args.worse is not None and not args.worse >= 0:
-        raise CommandError(f"--worse: expected 0 or more, got {args.worse:g}")
     if not args.simple and (args.yarn_factors or args.temperatures):
         raise CommandError("--yarn-factors and --temperatures: expected with --simple alone")
 
@@ -269,7 +232,6 @@ class _Space:
         if "partial_rotary_factor" in self._model:
             self._common["partial_rotary_factor"] = self._model["partial_rotary_factor"]
         self.total, self._yarn = 0, ([1.0], [1.0])
-        self.short, self._worse, self._greatest_attention = 0, math.inf, math.inf
         if args.simple:
             _, own_scale = rope.frequencies("yarn", **self._of_yarn(self.factor))
             self._yarn = (
@@ -288,31 +250,8 @@ class _Space:
                     f"--population: expected {len(self.start)} or more, with which it begins, "
                     f"got {args.population}"
                 )
-            self.short = min(self.trained // 2, args.length) if args.short is None else args.short
-            if not 2 <= self.short <= min(self.trained, args.length):
-                raise CommandError(
-                    f"--short: expected 2 or more, and no more than --length and the trained length, "
-                    f"{self.trained}, got {self.short}"
-                )
-            self._worse = (_WORSE if args.worse is None else args.worse) / 100
             parents = args.population // 2 if args.parents is None else args.parents
             self.total = args.population + args.generations * (args.population - parents)
-
-    def limit_attention(self, short_loss: Callable[[dict[str, Any]], float]) -> None:
-        """Measure how far the attention factor may go, and cut --start and the candidates to it."""
-        greatest = max(1.0, *(candidate.attention_factor for candidate in self.start)) * _MORE_ATTENTION
-        if math.isfinite(self._worse):
-            plain = (1.0,) * len(self.start[0].factors)
-            self._greatest_attention = attention_limit(
-                lambda scale: short_loss(self._longrope_parameters(Candidate(plain, scale))),
-                greatest,
-                self._worse,
-            )
-            print(
-                f"Attention factors up to {self._greatest_attention:.4f} leave {self.short} tokens "
-                f"within {100 * self._worse:g} % of what they were.",
-                file=sys.stderr,
-            )
 
     def _started(self, path: Path, length: int) -> Candidate:
         """What a file of --start has."""
@@ -340,9 +279,6 @@ class _Space:
         names = ("simple", "population", "parents", "seed")
         return {
             **{name: getattr(args, name) for name in names},
-            "short": self.short,
-            "worse": None if self._worse == math.inf else self._worse,
-            "greatest_attention": None if self._worse == math.inf else self._greatest_attention,
             "start": [dataclasses.asdict(candidate) for candidate in self.start],
         }
 
@@ -363,7 +299,6 @@ class _Space:
             lambda candidate: loss_of(self._longrope_parameters(candidate)),
             self.start,
             greatest=_ROOM * self.factor,
-            greatest_attention=self._greatest_attention,
             population=args.population,
             parents=args.parents,
             generations=args.generations,
@@ -384,6 +319,10 @@ class _Space:
             "factor": self.factor,
             "original_max_position_embeddings": self.trained,
             "attention_factor": candidate.attention_factor,
+            # Up to the trained length the model stays what it was. transformers' own LongRoPE does not
+            # look at these two, and has the attention factor for short text as well.
+            "short_mscale": 1.0,
+            "long_mscale": candidate.attention_factor,
             "short_factor": [1.0] * len(candidate.factors),
             "long_factor": list(candidate.factors),
         }

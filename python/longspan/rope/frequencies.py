@@ -187,8 +187,9 @@ def _yarn(
 
 
 def _longrope(
-    m: _Model, factor: Any, short_factor: Any, long_factor: Any, attention_factor: Any
-) -> _Result:
+    m: _Model, factor: Any, short_factor: Any, long_factor: Any, attention_factor: Any,
+    short_mscale: Any, long_mscale: Any,
+) -> _Result:  # fmt: skip
     lists = {"short_factor": short_factor, "long_factor": long_factor}
     for name, values in lists.items():
         if not isinstance(values, Sequence) or len(values) != m.dim // 2:
@@ -201,14 +202,29 @@ def _longrope(
             "frequencies: original_max_position_embeddings: expected 2 or more, as its logarithm "
             f"divides, got {trained}"
         )
-    if attention_factor is None:
-        factor = _implied_factor(m, factor)
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(trained))
-    elif factor is not None:
-        _implied_factor(m, factor)  # the attention factor is all that it decides
-    chosen = lists["long_factor" if (m.seq_len or 0) > trained else "short_factor"]
-    inv_freq = m.theta() / torch.tensor(chosen, dtype=torch.float64)
-    return inv_freq, _number("attention_factor", attention_factor)
+    if (short_mscale is None) != (long_mscale is None):
+        raise ValueError(
+            "frequencies: short_mscale and long_mscale: expected both or neither, "
+            f"got {short_mscale} and {long_mscale}"
+        )
+    long = (m.seq_len or 0) > trained
+    inv_freq = m.theta() / torch.tensor(
+        lists["long_factor" if long else "short_factor"], dtype=torch.float64
+    )
+    if attention_factor is not None or long_mscale is not None:
+        if factor is not None:
+            _implied_factor(m, factor)  # the attention factor is all that it decides
+    else:
+        attention_factor = math.sqrt(1 + math.log(_implied_factor(m, factor)) / math.log(trained))
+    if long_mscale is None:
+        return inv_freq, _number("attention_factor", attention_factor)
+    if attention_factor is not None and attention_factor != long_mscale:
+        raise ValueError(
+            "frequencies: attention_factor: expected long_mscale beside it, "
+            f"{long_mscale}, or None, got {attention_factor}"
+        )
+    scales = _number("short_mscale", short_mscale), _number("long_mscale", long_mscale)
+    return inv_freq, scales[long]
 
 
 def _llama3(m: _Model, factor: Any, low_freq_factor: Any, high_freq_factor: Any) -> _Result:
@@ -253,7 +269,7 @@ _METHODS: dict[str, tuple[Callable[..., _Result], dict[str, Any]]] = {
         _longrope,
         {
             "factor": None, "short_factor": _REQUIRED, "long_factor": _REQUIRED,
-            "attention_factor": None,
+            "attention_factor": None, "short_mscale": None, "long_mscale": None,
         },
     ),
     "llama3": (
@@ -334,8 +350,9 @@ def frequencies(
               ``beta_fast``, ``beta_slow``, ``truncate`` (True: the ramp begins and ends at whole
               pairs), ``dynamic`` (False; True: factor is max(1, seq_len / L0)).
             - longrope: ``short_factor`` and ``long_factor``, d / 2 numbers each; ``attention_factor``
-              (None: sqrt(1 + ln(factor) / ln(L0))). First tokens that keep their angles are
-              `longspan.nn.RotaryEmbedding`'s ``unscaled_tokens``.
+              (None: sqrt(1 + ln(factor) / ln(L0))), or PhiMoE's ``short_mscale`` and ``long_mscale``,
+              one for each list, where an attention factor beside them is the latter. First tokens that
+              keep their angles are `longspan.nn.RotaryEmbedding`'s ``unscaled_tokens``.
             - ntk_by_parts: ``ntk_rotations``, ``base_rotations``. llama3: ``low_freq_factor``,
               ``high_freq_factor``.
 

@@ -8,7 +8,7 @@ again, so that a search which was cut off goes on where it was: all else follows
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from longspan.rope.frequencies import frequencies
@@ -185,53 +185,11 @@ def crossover(a: Candidate, b: Candidate, rng: random.Random) -> Candidate:
     return Candidate(_monotone(values, greatest), round(attention_factor, _DIGITS))
 
 
-def attention_limit(
-    loss_of: Callable[[float], float], greatest: float, worse: float, steps: int = 6
-) -> float:
-    """The greatest attention factor that leaves text of the trained length about as good as it was.
-
-    There LongRoPE turns pairs as they did (``short_factor`` is 1), but multiplies cosine and sine at
-    every length, so that what is good for long text makes short text worse. By bisection.
-
-    Args:
-        loss_of: The loss of an attention factor on short text, with every factor 1.
-        greatest: No more is wanted; 1 or more.
-        worse: By how much the perplexity may grow at most, as a share: 0.02 is 2 %.
-        steps: Of the bisection, each an evaluation.
-
-    Returns:
-        A number from 1 to ``greatest``.
-
-    Raises:
-        ValueError: ``greatest`` is below 1, or ``worse`` below 0.
-
-    Example::
-
-        rope.search.attention_limit(lambda x: 2.0 + (x - 1) ** 2, 1.2, worse=0.01)
-    """
-    if not greatest >= 1 or not worse >= 0:
-        raise ValueError(
-            f"attention_limit: greatest and worse: expected 1 or more and 0 or more, "
-            f"got {greatest} and {worse}"
-        )
-    if greatest == 1:
-        return 1.0
-    bound = loss_of(1.0) + math.log1p(worse)
-    if loss_of(greatest) <= bound:
-        return greatest
-    low, high = 1.0, greatest
-    for _ in range(steps):
-        middle = round((low + high) / 2, _DIGITS)
-        low, high = (middle, high) if loss_of(middle) <= bound else (low, middle)
-    return low
-
-
 def evolve(
     objective: Objective,
     start: Sequence[Candidate],
     *,
     greatest: float,
-    greatest_attention: float = math.inf,
     population: int = 8,
     parents: int | None = None,
     generations: int = 5,
@@ -249,7 +207,6 @@ def evolve(
         objective: The loss of a candidate.
         start: One or more, all with the same number of factors.
         greatest: No factor is beyond; a little more than the factor of lengths leaves room.
-        greatest_attention: No attention factor is beyond, those of ``start`` neither.
         population: Candidates of a generation, at least those of ``start``.
         parents: Of them that stay; None is half of them.
         generations: After the first.
@@ -268,7 +225,7 @@ def evolve(
         found = rope.search.evolve(loss_of, rope.search.starting_points(...), greatest=5.0)
         found.best.factors
     """
-    start = list(dict.fromkeys(_limited(candidate, greatest_attention) for candidate in start))
+    start = list(dict.fromkeys(start))
     if not start or len({len(candidate.factors) for candidate in start}) != 1:
         raise ValueError("evolve: start: expected candidates with the same number of factors")
     kept = population // 2 if parents is None else parents
@@ -300,16 +257,11 @@ def evolve(
         # Its own randomness, so that what an objective does with `random` changes nothing.
         rng = random.Random(f"{seed} {number}")
         seen = {*losses, *generation}
-        limits = (greatest, greatest_attention)
-        _fill(generation, seen, population, rng, limits, crossing=number > 0)
+        _fill(generation, seen, population, rng, greatest, crossing=number > 0)
         generation = sorted(generation, key=loss_of)[:kept]
         by_generation.append(losses[generation[0]])
     best = min(losses, key=losses.__getitem__)
     return Found(best, losses[best], losses, by_generation)
-
-
-def _limited(candidate: Candidate, greatest_attention: float) -> Candidate:
-    return replace(candidate, attention_factor=min(candidate.attention_factor, greatest_attention))
 
 
 def _fill(
@@ -317,7 +269,7 @@ def _fill(
     seen: set[Candidate],
     population: int,
     rng: random.Random,
-    limits: tuple[float, float],
+    greatest: float,
     crossing: bool,
 ) -> None:
     """Add children of those that are there, mutations and crossovers in turn, none seen before."""
@@ -328,8 +280,7 @@ def _fill(
             first, second = rng.sample(elders, 2)
             child = crossover(first, second, rng)
         else:
-            child = mutate(rng.choice(elders), rng, greatest=limits[0])
-        child = _limited(child, limits[1])
+            child = mutate(rng.choice(elders), rng, greatest=greatest)
         if child not in seen:
             seen.add(child)
             generation.append(child)

@@ -313,8 +313,6 @@ def test_passkey_names_bad_input(folder, tmp_path, capsys, options, message):
 
 
 def run_search(folder, document, out, *options):
-    if "--simple" not in options and "--worse" not in options:
-        options = (*options, "--worse", "inf")
     return command(
         "rope search", folder, out, "--document", str(document), "--length", "600", "--from",
         "300", "--scored", "50", "--population", "8", "--generations", "2", *options,
@@ -336,7 +334,8 @@ def test_search_finds_what_perplexity_reads(folder, long_document, tmp_path, cap
     found = read(tmp_path / "s" / "rope_parameters.json")
     best = report["rows"][losses.index(min(losses))]
     assert found["long_factor"] == best["factors"]
-    assert found["attention_factor"] == best["attention_factor"]
+    assert found["attention_factor"] == found["long_mscale"] == best["attention_factor"]
+    assert (set(found["short_factor"]), found["short_mscale"]) == ({1.0}, 1.0)
     assert found["long_factor"] == sorted(found["long_factor"])
     assert (found["rope_type"], found["factor"]) == ("longrope", 2.0)
     # It begins with YaRN.
@@ -413,27 +412,6 @@ def test_search_begins_where_another_ended(folder, long_document, tmp_path, caps
     assert "--out: expected" in capsys.readouterr().err
 
 
-def test_short_text_stays_as_good_as_asked_for(folder, long_document, tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def last_losses(model, tokens, scored):
-        parameters = model.config.rope_parameters
-        asked.append((tokens.shape[1], scored, set(parameters["short_factor"])))
-        return torch.tensor([2 + 10 * (parameters["attention_factor"] - 1) ** 2] * scored)
-
-    monkeypatch.setattr(rope_command, "last_losses", last_losses)
-    options = ("--short", "200", "--worse", "1", "--generations", "1")
-    assert run_search(folder, long_document, tmp_path, *options) == 0
-    report = read(tmp_path / "search.json")
-    limit = report["settings"]["greatest_attention"]
-    assert limit == pytest.approx(1 + math.sqrt(math.log(1.01) / 10), abs=2e-3)
-    assert max(row["attention_factor"] for row in report["rows"]) == limit
-    # Three pieces each: unscaled, the greatest one, the bisection.
-    assert asked[: 3 * 8] == [(200, 150, {1.0})] * 3 * 8
-    assert {what for what, *_ in asked[3 * 8 :]} == {600}
-    assert f"Attention factors up to {limit:.4f} leave 200 tokens within 1 %" in capsys.readouterr().err
-
-
 def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
     options = ("--simple", "--yarn-factors", "2,4", "--temperatures", "1,1.05,1.1")
     assert run_search(folder, long_document, tmp_path, *options) == 0
@@ -462,9 +440,6 @@ def test_the_simple_search_is_a_grid_over_yarn(folder, long_document, tmp_path):
         (["--yarn-factors", "2"], "--yarn-factors and --temperatures: expected with --simple alone"),
         (["--simple", "--yarn-factors", "0.5"], "--yarn-factors: expected 1 or more, got 0.5"),
         (["--yarn-factors", "-1"], "expected numbers above 0"),
-        (["--worse", "-1"], "--worse: expected 0 or more, got -1"),
-        (["--simple", "--worse", "1"], "--short and --worse: expected without --simple"),
-        (["--short", "301"], "--short: expected 2 or more, and no more than --length and the trained"),
     ],
 )
 def test_search_names_bad_input(folder, long_document, tmp_path, capsys, monkeypatch, options, message):

@@ -88,6 +88,28 @@ def test_methods_that_transformers_has_not_are_saved_too(family, method, options
         assert scale_a == pytest.approx(scale_b)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("cache", ["full", "unrotated"])
+def test_a_scale_for_long_text_alone_leaves_short_text_as_it_was(family, cache, tmp_path):
+    model, short, long = make(family), tokens(1, TRAINED), tokens(1, TRAINED + 1)
+    before, beyond = logits(model, short), logits(model, long)
+    factors = options_of(model, "longrope")
+    factors["short_factor"] = [1.0] * len(factors["short_factor"])
+    options = {**factors, "short_mscale": 1.0, "long_mscale": 1.2}
+    extended = longspan.hf.extend_context(model, "longrope", 2, cache=cache, **options)
+    torch.testing.assert_close(logits(model, short), before, **CLOSE)
+    found = logits(model, long)
+    assert (found - beyond).abs().max() > 1e-3
+    # The configuration keeps both.
+    again = reloaded(model, tmp_path)
+    settings = longspan.hf.extend_context(again, None, cache=cache).settings
+    assert {name: settings[name] for name in options} == {
+        name: extended.settings[name] for name in options
+    }
+    torch.testing.assert_close(logits(again, short), before, **CLOSE)
+    torch.testing.assert_close(logits(again, long), found, **CLOSE)
+
+
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn"])
 def test_phi3_stores_every_fixed_method_as_longrope(method, tmp_path):
     model, ids = make("phi3"), tokens(1, LONG)

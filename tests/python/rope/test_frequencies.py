@@ -136,11 +136,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LONGROPE = OPTIONS["longrope"] | {"factor": 2.0}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_factor_of_one_is_the_default(method: str) -> None:
     inv_freq, scale = frequencies(method, head_dim=64, **OPTIONS[method])
     assert_close(inv_freq, theta(1e4, 64))
     assert scale == 1.0
+
+
+def test_a_scale_for_each_list_is_as_phimoe_has_it() -> None:
+    module = pytest.importorskip("transformers.models.phimoe.modeling_phimoe")
+    parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64, "short_mscale": 1.1, "long_mscale": 1.3,
+    }  # fmt: skip
+    made = transformers.PhimoeConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters
+    )
+    for length, expected in ((64, 1.1), (65, 1.3)):
+        cos, _ = module.PhimoeRotaryEmbedding(made)(torch.zeros(1), torch.arange(length)[None])
+        assert cos[0, 0, 0] == pytest.approx(expected)
+        assert frequencies(**from_config(made), seq_len=length)[1] == expected
 
 
 def test_closed_forms() -> None:
@@ -186,6 +204,11 @@ def test_closed_forms() -> None:
     assert frequencies("longrope", **rope)[1] == pytest.approx(math.sqrt(17 / 12), rel=1e-12)
     assert torch.equal(frequencies("longrope", **rope, seq_len=4096)[0], plain)
     assert_close(frequencies("longrope", **rope, seq_len=4097)[0], plain / 2)
+    scales = {"short_mscale": 1.0, "long_mscale": 1.25}
+    for more in (scales, scales | {"attention_factor": 1.25}, scales | {"factor": 32.0}):
+        assert frequencies("longrope", **rope, **more)[1] == 1.0
+        assert frequencies("longrope", **rope, **more, seq_len=4096)[1] == 1.0
+        assert frequencies("longrope", **rope, **more, seq_len=4097)[1] == 1.25
 
 
 def test_ntk_by_parts_goes_from_base_to_linear() -> None:
@@ -260,6 +283,24 @@ def test_ntk_by_parts_goes_from_base_to_linear() -> None:
             ["long_factor", "0"],
             "longrope",
             {"factor": 2.0, "max_position": 8, "short_factor": [1.0] * 32, "long_factor": [0] * 32},
+        ),
+        (
+            ValueError,
+            ["short_mscale and long_mscale", "both or neither", "1.0 and None"],
+            "longrope",
+            LONGROPE | {"short_mscale": 1.0},
+        ),
+        (
+            ValueError,
+            ["attention_factor", "long_mscale", "1.1", "1.2"],
+            "longrope",
+            LONGROPE | {"short_mscale": 1.0, "long_mscale": 1.1, "attention_factor": 1.2},
+        ),
+        (
+            ValueError,
+            ["short_mscale", "-1"],
+            "longrope",
+            LONGROPE | {"short_mscale": -1.0, "long_mscale": 1.1},
         ),
         (
             ValueError,

@@ -12,7 +12,6 @@ from longspan import rope
 from longspan.rope.search import (
     Candidate,
     as_candidate,
-    attention_limit,
     crossover,
     evolve,
     grid,
@@ -136,31 +135,6 @@ def test_goes_on_where_it_was_cut_off():
     assert asked == list(whole.losses)[17:]
 
 
-def test_attention_factors_stay_within_their_limit():
-    options = {"greatest": 5.0, "population": 8, "generations": 6, "seed": 5}
-    found = evolve(distance, START, greatest_attention=1.02, **options)
-    assert max(candidate.attention_factor for candidate in found.losses) == 1.02
-    assert max(c.attention_factor for c in evolve(distance, START, **options).losses) > 1.1
-    assert {c.factors for c in START} <= {c.factors for c in found.losses}
-
-
-def test_the_limit_of_attention_factors():
-    asked = []
-
-    def loss(scale):
-        asked.append(scale)
-        return 2 + 10 * (scale - 1) ** 2
-
-    # 10 (x - 1)^2 = log(1.02)
-    found = attention_limit(loss, 1.2, 0.02)
-    assert found == pytest.approx(1 + math.sqrt(math.log(1.02) / 10), abs=0.2 / 2**6)
-    assert loss(found) <= 2 + math.log(1.02)
-    assert len(asked) == 2 + 6 + 1
-    assert attention_limit(loss, 1.01, 0.02) == 1.01
-    assert attention_limit(loss, 1.0, 0.02) == 1.0
-    assert attention_limit(lambda x: x, 1.5, 0.0) == 1.0
-
-
 def test_what_is_no_number_is_never_the_best():
     def broken(candidate):
         return math.nan if candidate.attention_factor == 1.0 else distance(candidate)
@@ -194,8 +168,6 @@ def test_grid():
         (lambda: evolve(distance, START, greatest=5.0, population=3), "population: expected 8 or more"),
         (lambda: evolve(distance, START, greatest=5.0, parents=8), "parents: expected less than pop"),
         (lambda: evolve(distance, START, greatest=5.0, generations=-1), "generations: expected 0"),
-        (lambda: attention_limit(max, 0.5, 0.1), "greatest and worse: expected 1 or more and 0 or more"),
-        (lambda: attention_limit(max, 1.5, -0.1), "greatest and worse: expected 1 or more and 0 or"),
         (lambda: grid(max, [], [1.0]), "factors and temperatures: expected one or more"),
     ],
 )
