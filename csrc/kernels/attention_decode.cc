@@ -203,7 +203,7 @@ class Decode {
   struct Workspace {
     E* queries;  ///< [rows][depth]
     E* turned;  ///< Q^T [depth][columns]; kByKey only
-    E* keys;  ///< K^T [depth][kKeyTile]; kByKey: copies of K, where memory does not have the form
+    E* keys;  ///< K^T [depth][kKeyTile]; kByKey: copies of K, where memory has another form
     E* values;  ///< copies of V, likewise
     T* by_key;  ///< S^T [kKeyTile][columns]; kByKey only
     T* scores;  ///< [rows][kKeyTile]; kByKey: [columns][kKeyTile]
