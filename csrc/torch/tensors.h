@@ -64,11 +64,8 @@ inline Tensor empty_heads(const Tensor& like, int64_t channels) {
 /// A small tensor's values, converted and copied.
 template <class T>
 std::vector<T> values_of(const Tensor& x, ScalarType as) {
-  if (x.scalar_type() == as && x.is_contiguous()) {  // no calls through the dispatcher
-    const T* p = static_cast<const T*>(x.const_data_ptr());
-    return std::vector<T>(p, p + x.numel());
-  }
-  const Tensor dense = torch::stable::contiguous(torch::stable::to(x, as));
+  const bool ready = x.scalar_type() == as && x.is_contiguous();  // most are: no calls then
+  const Tensor dense = ready ? x : torch::stable::contiguous(torch::stable::to(x, as));
   const T* p = static_cast<const T*>(dense.const_data_ptr());
   return std::vector<T>(p, p + dense.numel());
 }
